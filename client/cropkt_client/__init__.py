@@ -1,0 +1,1 @@
+"""The hospital: trains on its own slides and lets only checked messages out."""

@@ -1,0 +1,280 @@
+"""What a site does for each message: one function each, from request to reply.
+
+Nothing here knows Flower. A reply holds weights and aggregate numbers only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import time
+from collections import Counter
+from importlib.metadata import version
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cropkt.cancers import Cancer
+from cropkt.cohort.bags import Cohort
+from cropkt.cohort.splits import hospital_folds, stratified_folds
+from cropkt.config import ExpertShape, StudyConfig
+from cropkt.errors import MessageError
+from cropkt.experts.abmil import Abmil, flatten, parameter_count
+from cropkt.experts.bank import Opinions
+from cropkt.experts.training import Plan, standardise_for, train_experts
+from cropkt.messages import (
+    Arm,
+    ArmScore,
+    CohortCount,
+    DescribeReply,
+    DescribeRequest,
+    ExpertReply,
+    ExpertRequest,
+    ReleaseReply,
+    ReleaseRequest,
+    RouterReply,
+    RouterRequest,
+    Score,
+    TransferReply,
+    TransferRequest,
+    Weights,
+)
+from cropkt.survival.metrics import Estimate, out_of_fold
+from cropkt.transfer.router_training import RouterStack
+from cropkt.transfer.scores import zero_shot
+from cropkt.transfer.target import Target
+from cropkt_client.site import Site
+
+log = logging.getLogger("cropkt.client")
+
+
+def describe(request: DescribeRequest, site: Site) -> DescribeReply:
+    """Check every cohort once, values included, and say how many patients there are."""
+    counts = []
+    for cancer in site.config.cancers:
+        cohort, dropped = site.cohort(cancer, request.study, check_values=True)
+        for line in dropped:
+            log.warning("%s %s: %s", site.config.site, cancer, line)
+        counts.append(
+            CohortCount(
+                cancer=cancer,
+                patients=len(cohort),
+                events=int(cohort.event.sum()),
+                dim=cohort.dim,
+            )
+        )
+    return DescribeReply(
+        task=request.task,
+        site=site.config.site,
+        cohorts=tuple(counts),
+        encoder=site.config.encoder,
+        versions={
+            "cropkt": version("cropkt"),
+            "torch": version("torch"),
+            "flwr": version("flwr"),
+            "python": platform.python_version(),
+        },
+    )
+
+
+def fit_expert(request: ExpertRequest, site: Site) -> ExpertReply:
+    """Train the cross-fitted experts of one cancer and give away the one of all patients."""
+    started = time.monotonic()
+    study = request.study
+    cohort, plan = _patients(site, request.cancer, study)
+    models = len(plan.excluded)
+    if request.weights is None:
+        experts = Abmil.initial(
+            study.shape, seed=study.seed, hazard=study.initial_hazard, models=models
+        )
+    else:
+        experts = _experts(study.shape, request.weights, models=models)
+    experts = train_experts(
+        cohort,
+        plan,
+        initial=experts,
+        config=study.training,
+        seed=study.seed + 1000 * request.round,
+    )
+    weights = flatten(experts).numpy()
+    site.keep(f"{request.cancer}/experts", {"weights": weights})
+    score = Target.of(cohort, plan, experts).local_score()
+    shared = plan.model() if study.source == "all_patients" else plan.model(0)
+    return ExpertReply(
+        task=request.task,
+        cancer=request.cancer,
+        patients=len(cohort),
+        events=int(cohort.event.sum()),
+        weights=weights if request.shared else weights[shared][None],
+        score=_score(score),
+        seconds=time.monotonic() - started,
+    )
+
+
+def score_sources(request: TransferRequest, site: Site) -> TransferReply:
+    """Score the experts of other cancers on this site's patients, per training folds."""
+    started = time.monotonic()
+    target = _target(site, request.cancer, request.study, own=None)
+    opinions = _opinions(site, target, request.weights, request.study)
+    whole, *folds = target.source_scores(opinions)
+    return TransferReply(
+        task=request.task,
+        cancer=request.cancer,
+        scores=tuple(_score(score) for score in whole),
+        training_scores=tuple(tuple(_score(score) for score in row) for row in folds),
+        seconds=time.monotonic() - started,
+    )
+
+
+def fit_router(request: RouterRequest, site: Site) -> RouterReply:
+    """Train the router over the experts chosen for this site."""
+    started = time.monotonic()
+    if len(request.sources) != len(request.weights):
+        raise MessageError("RouterRequest", "as many experts as sources are needed")
+    site.keep(
+        f"{request.cancer}/sources",
+        {"weights": request.weights, "names": np.array(list(request.sources))},
+    )
+    target = _target(site, request.cancer, request.study, own=request.own)
+    stack = _routers(site, target, request.weights, request.study)
+    if request.routers is not None:
+        stack.load(_checked(request.routers, stack.module, models=target.views))
+    stack.train()
+    weights = flatten(stack.module).numpy()
+    site.keep(f"{request.cancer}/routers", {"weights": weights})
+    return RouterReply(
+        task=request.task,
+        cancer=request.cancer,
+        events=int(target.cohort.event.sum()),
+        weights=weights if request.shared else weights[:1],
+        seconds=time.monotonic() - started,
+    )
+
+
+def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
+    """Judge every arm out of fold."""
+    started = time.monotonic()
+    study, cancer = request.study, request.cancer
+    sources, routers = site.kept(f"{cancer}/sources"), site.kept(f"{cancer}/routers")
+    if sources is None or routers is None:
+        raise MessageError("ReleaseRequest", f"{cancer} has no router here yet")
+    target = _target(site, cancer, study, own=None)
+    names = [Cancer(name) for name in sources["names"]]
+    stack = _routers(site, target, sources["weights"], study)
+    learnt = routers["weights"] if request.routers is None else request.routers
+    stack.load(_checked(learnt, stack.module, models=target.views))
+    routed, weights = stack.predict()
+    opinions = _opinions(site, target, sources["weights"], study)
+    bare = zero_shot(
+        target.pairs, target.folds, opinions[0].risk, target.source_scores(opinions)[1:]
+    )
+    risks: dict[Arm, NDArray[np.float64]] = {
+        "local": target.local_risk(),
+        "zero_shot": bare.risk,
+        "roupkt": routed,
+    }
+    arms = out_of_fold(
+        target.cohort.days, target.cohort.event, target.folds, risks, seed=study.seed
+    )
+    choice: Counter[Literal["vote"] | Cancer] = Counter(
+        "vote" if index is None else names[index] for index in bare.choice
+    )
+    return ReleaseReply(
+        task=request.task,
+        cancer=cancer,
+        patients=len(target.cohort),
+        events=int(target.cohort.event.sum()),
+        arms={arm: _arm_score(estimate) for arm, estimate in arms.items()},
+        routing=dict(zip([cancer, *names], map(float, weights.mean(0)), strict=True)),
+        zero_shot_choice=dict(choice),
+        reason="" if arms["local"].c_index is not None else "no comparable pair within a fold",
+        seconds=time.monotonic() - started,
+    )
+
+
+def _patients(site: Site, cancer: Cancer, study: StudyConfig) -> tuple[Cohort, Plan]:
+    """Return a cohort and its folds, the same at every call."""
+    cohort, _ = site.cohort(cancer, study)
+    if study.split == "hospital":
+        folds = hospital_folds(
+            cohort.hospital, cohort.event, cohort.time_bins, folds=study.folds, seed=study.seed
+        )
+    else:
+        folds = stratified_folds(cohort.event, cohort.time_bins, folds=study.folds, seed=study.seed)
+    return cohort, Plan.cross_fitted(folds)
+
+
+def _target(site: Site, cancer: Cancer, study: StudyConfig, *, own: Weights | None) -> Target:
+    """Return the target with its own experts, or with the averaged ones just received."""
+    cohort, plan = _patients(site, cancer, study)
+    if own is not None:
+        site.keep(f"{cancer}/experts", {"weights": own})
+    kept = site.kept(f"{cancer}/experts")
+    if kept is None:
+        raise MessageError("message", f"{cancer} has no expert here yet")
+    experts = _experts(study.shape, kept["weights"], models=len(plan.excluded))
+    return Target.of(cohort, plan, standardise_for(experts, cohort, plan, study.training))
+
+
+def _routers(site: Site, target: Target, weights: Weights, study: StudyConfig) -> RouterStack:
+    sources = _experts(study.shape, weights, models=len(weights))
+    return RouterStack(target, sources, _opinions(site, target, weights, study), study)
+
+
+def _opinions(site: Site, target: Target, weights: Weights, study: StudyConfig) -> list[Opinions]:
+    """Return what the sources say per view; computed once for the same sources and patients."""
+    digest = hashlib.sha256(weights.tobytes())
+    digest.update(study.hash().encode())
+    digest.update("\n".join(target.cohort.patient_ids).encode())
+
+    def ask() -> dict[str, NDArray[np.float64] | NDArray[np.float32]]:
+        sources = _experts(study.shape, weights, models=len(weights))
+        views = target.consult(sources, study)
+        distinct = views[:1] if views[0] is views[-1] else views
+        return {
+            "risk": np.stack([view.risk for view in distinct]),
+            "features": np.stack([view.features.numpy() for view in distinct]),
+        }
+
+    kept = site.remembered(f"{target.cohort.cancer}/opinions-{digest.hexdigest()[:16]}", ask)
+    views = [
+        Opinions(risk=risk, features=torch.from_numpy(features))
+        for risk, features in zip(kept["risk"], kept["features"], strict=True)
+    ]
+    return views if len(views) > 1 else views * target.views
+
+
+def _experts(shape: ExpertShape, weights: Weights, *, models: int) -> Abmil:
+    """Return experts from rows of weights whose number and width were checked."""
+    _checked(weights, Abmil(shape), models=models)
+    return Abmil.from_flat(shape, torch.from_numpy(weights)).requires_grad_(False)
+
+
+def _checked(weights: Weights, module: torch.nn.Module, *, models: int) -> Weights:
+    want = (models, parameter_count(module))
+    if weights.shape != want:
+        raise MessageError("message", f"weights have shape {weights.shape}, expected {want}")
+    return weights
+
+
+def _score(estimate: Estimate) -> Score:
+    return Score(c_index=estimate.c_index, se=estimate.se)
+
+
+def _arm_score(estimate: Estimate) -> ArmScore:
+    return ArmScore(
+        c_index=estimate.c_index,
+        se=estimate.se,
+        low=estimate.low,
+        high=estimate.high,
+        pairs=estimate.pairs,
+        fold_mean=estimate.fold_mean,
+        pooled=estimate.pooled,
+        gain=estimate.gain,
+        gain_se=estimate.gain_se,
+        gain_low=estimate.gain_low,
+        gain_high=estimate.gain_high,
+    )

@@ -1,0 +1,1 @@
+"""Cohorts: which patients, their outcomes, and the patches of their slides."""

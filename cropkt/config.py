@@ -1,0 +1,129 @@
+"""What a study agrees on: shapes, training, routing. Checked once, where it enters.
+
+Two presets are whole studies: `published` follows arXiv 2508.13482 to the letter, `default` has
+cropkt's repairs. Every difference is a named option here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, field, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from cropkt.errors import ConfigError
+
+
+_STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Endpoint = Literal["OS", "DSS", "PFI", "DFI"]
+Loss = Literal["log_space", "clamped"]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ExpertShape:
+    """Widths of an expert."""
+
+    dim: Annotated[int, Field(ge=1, le=16_384)] = 1536  # features a patch
+    embed: Annotated[int, Field(ge=1, le=4_096)] = 512  # slide feature
+    attention: Annotated[int, Field(ge=1, le=4_096)] = 384
+    bins: Annotated[int, Field(ge=1, le=256)] = 32  # of 365 days, the last one open
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OptimiserConfig:
+    """AdamW with a linear warm-up and a cosine schedule."""
+
+    epochs: Count = 20
+    minimum_updates: Annotated[int, Field(ge=0)] = 0  # a small cohort trains more epochs
+    learning_rate: Positive = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    batch: Count = 16  # patients an update
+    drop_last: bool = False  # True as published: an epoch's incomplete last update is left out
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainingConfig(OptimiserConfig):
+    """How one site trains one expert."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.25  # on the attention gates
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.5  # down-weights censored patients
+    loss: Loss = "log_space"  # `clamped` as published
+    standardise: Literal["none", "site"] = "none"  # `site`: by moments of the training folds
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RouterConfig(OptimiserConfig):
+    """How a target trains its router (ROUPKT)."""
+
+    top_k: Count = 5
+    renormalise: bool = True  # gates of the chosen experts sum to 1; False as published
+    balance: Literal["batch", "patient"] = "batch"  # `patient` as published
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    z_weight: Annotated[float, Field(ge=0)] = 0.01
+    self_features: Literal["out_of_fold", "in_sample"] = "out_of_fold"  # `in_sample` as published
+    prior: Literal["transfer", "none"] = "transfer"  # gates start at the measured transfer
+    prior_strength: Annotated[float, Field(ge=0, le=1000)] = 30.0  # logits a unit of C-index
+    warm_start: bool = True  # adapters start as the identity, the head as the site's own
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class StudyConfig:
+    """Everything that decides a study's numbers."""
+
+    endpoint: Endpoint = "DSS"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    folds: Annotated[int, Field(ge=2, le=10)] = 5
+    split: Literal["stratified", "hospital"] = "stratified"
+    rounds: Annotated[int, Field(ge=1, le=100)] = 2  # of averaging, where sites share a cancer
+    initial_hazard: Annotated[float, Field(gt=0, lt=1)] | None = 0.06  # M0's; None as published
+    source: Literal["all_patients", "fold_0"] = "all_patients"  # which expert a site shares
+    max_sources: Count = 25  # experts of other cancers that a router may use
+    shape: ExpertShape = field(default_factory=ExpertShape)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    def hash(self) -> str:
+        """Return a short SHA-256 of every value: the same hash, the same study."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+PUBLISHED = StudyConfig(
+    initial_hazard=None,
+    source="fold_0",
+    training=TrainingConfig(drop_last=True, loss="clamped"),
+    router=RouterConfig(
+        drop_last=True,
+        renormalise=False,
+        balance="patient",
+        self_features="in_sample",
+        prior="none",
+        warm_start=False,
+    ),
+)
+"""Arm for arm what arXiv 2508.13482 describes."""
+
+
+def parse_study(values: dict[str, Any], where: str) -> StudyConfig:
+    """Return the checked study of a parsed YAML or JSON mapping.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range; names the key and the file `where`.
+    """
+    try:
+        return TypeAdapter(StudyConfig).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(where, f"{key}: {first['msg']}", f"Correct {key}") from None
+
+
+def with_shape(study: StudyConfig, **widths: int) -> StudyConfig:
+    """Return `study` with other expert widths."""
+    return replace(study, shape=replace(study.shape, **widths))

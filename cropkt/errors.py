@@ -1,0 +1,105 @@
+"""Every error cropkt raises on purpose.
+
+    CropktError                      exit code 1
+    ├── UsageError                   64  the command line asks for something that cannot be
+    ├── DataError                    65  a file or a cohort is not what it must be
+    │   ├── OutcomeTableError            a row or column of an outcome table
+    │   ├── SlideFileError               a slide file cannot be read, or holds no bag of patches
+    │   ├── BagShapeError                features of the wrong width
+    │   ├── MissingSlideError            a slide named by the table lies nowhere
+    │   ├── CohortError                  patients that contradict each other
+    │   └── NotEstimableError            a quantity these patients cannot determine
+    ├── ArtifactError                65  an expert or router file is not what it says it is
+    ├── MessageError                 76  a message that is not in the contract
+    ├── TrainingFailedError          70  training diverged or its process died
+    ├── ConfigError                  78  a value in study.yaml, site.yaml or a preset
+    └── StudyError                   1   the study finished with failed or missing rows: 3
+
+An error says what is wrong, where, and what to do about it, and names files, rows or counts of
+patients, never a patient.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class CropktError(Exception):
+    """Base of all deliberate errors; `exit_code` is what a command returns for it."""
+
+    exit_code = 1
+
+    def __init__(self, where: str | Path, problem: str, fix: str = "") -> None:
+        # All arguments go on to Exception: process pools and Ray pickle an error by its args.
+        super().__init__(where, problem, fix)
+        self.where = str(where)
+        self.problem = problem
+        self.fix = fix
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.problem}." if self.where else f"{self.problem}."
+        return f"{text} {self.fix}." if self.fix else text
+
+
+class UsageError(CropktError):
+    """The command line asks for something that cannot be."""
+
+    exit_code = 64
+
+
+class DataError(CropktError, ValueError):
+    """A file or a cohort is not what it must be."""
+
+    exit_code = 65
+
+
+class OutcomeTableError(DataError):
+    """A row or column of an outcome table is wrong."""
+
+
+class SlideFileError(DataError):
+    """A slide file cannot be read, or holds no bag of patches."""
+
+
+class BagShapeError(DataError):
+    """A slide's features lack the width that its encoder promises."""
+
+
+class MissingSlideError(DataError):
+    """A slide that the outcome table names lies under none of the given folders."""
+
+
+class CohortError(DataError):
+    """Patients contradict each other, or too few are left."""
+
+
+class NotEstimableError(DataError):
+    """These patients cannot determine the quantity, for example no pair is comparable."""
+
+
+class ArtifactError(DataError):
+    """An expert or router file is not what it says it is."""
+
+
+class MessageError(CropktError, ValueError):
+    """A message that the contract between coordinator and sites does not know."""
+
+    exit_code = 76
+
+
+class TrainingFailedError(CropktError, RuntimeError):
+    """Training diverged, or its process died."""
+
+    exit_code = 70
+
+
+class ConfigError(CropktError, ValueError):
+    """A value in a configuration file or preset is wrong."""
+
+    exit_code = 78
+
+
+class StudyError(CropktError):
+    """The study finished, but rows of it failed or are missing."""
+
+    exit_code = 3

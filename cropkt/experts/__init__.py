@@ -1,0 +1,1 @@
+"""Cancer-specific survival experts: the model, its training, and many of them at once."""

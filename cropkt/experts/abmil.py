@@ -1,0 +1,177 @@
+"""Gated attention over the patches of a bag (ABMIL), F models side by side.
+
+One object holds F experts of the same shape, so that the folds of one cancer train from one
+read of the data, and so that a bank of experts sees a bag once. A single expert is F = 1.
+Shapes: F models, B bags, P patches of all bags, D features, E embedding, A attention, T bins.
+
+    Linear D->E + ReLU; tanh(Linear E->A) * sigmoid(Linear E->A) -> Linear A->1; softmax over
+    the patches of a bag; weighted sum = slide feature (E); Linear E->T = hazard logits
+
+References:
+    Ilse et al., arXiv 1802.04712; widths as published in arXiv 2508.13482.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log, prod
+
+import torch
+from torch import Tensor, nn
+
+from cropkt.cohort.bags import PackedBags
+from cropkt.config import ExpertShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BagOutput:
+    """What F models say of B bags."""
+
+    logits: Tensor  # (F, B, T) hazard logits
+    features: Tensor  # (F, B, E) slide features
+    attention: Tensor  # (F, P) attention, sums to 1 over the patches of each bag
+
+
+class Attention(nn.Module):
+    """Projection and gated attention pooling of F models: patches to one feature a bag."""
+
+    def __init__(self, *, models: int, dim: int, embed: int, attention: int) -> None:
+        super().__init__()
+        self.models, self.dim = models, dim
+        self.project = nn.Parameter(torch.empty(models, embed, dim))
+        self.project_bias = nn.Parameter(torch.empty(models, embed))
+        self.gate_tanh = nn.Parameter(torch.empty(models, attention, embed))
+        self.gate_tanh_bias = nn.Parameter(torch.empty(models, attention))
+        self.gate_sigmoid = nn.Parameter(torch.empty(models, attention, embed))
+        self.gate_sigmoid_bias = nn.Parameter(torch.empty(models, attention))
+        self.score = nn.Parameter(torch.empty(models, attention))
+        self.score_bias = nn.Parameter(torch.empty(models, 1))
+        # Standardisation is the site's own and is not a weight: it never leaves with an expert.
+        self.register_buffer("shift", torch.zeros(models, dim), persistent=False)
+        self.register_buffer("scale", torch.ones(models, dim), persistent=False)
+        self.shift: Tensor
+        self.scale: Tensor
+
+    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
+        """Let the input be (x - mean) / deviation, each (F, D) or (D,)."""
+        self.shift.copy_(mean)
+        self.scale.copy_(1 / deviation)
+
+    def forward(
+        self, bags: PackedBags, *, dropout: float = 0.0, generators: Sequence[torch.Generator] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return slide features (F, B, E) and attention (F, P).
+
+        Args:
+            bags: packed bags of width D, in any floating dtype.
+            dropout: rate on both gates.
+            generators: one a model when `dropout` is not 0: a model's dropout depends on no other.
+        """
+        models, embed = self.project_bias.shape
+        # The input scaling is folded into the first layer: one wide product for all models.
+        weight = self.project * self.scale[:, None, :]  # (F, E, D)
+        bias = self.project_bias - (weight @ self.shift[:, :, None]).squeeze(2)  # (F, E)
+        patches = bags.patches.to(weight.dtype)
+        hidden = torch.addmm(bias.reshape(-1), patches, weight.reshape(-1, self.dim).t()).relu()
+        hidden = hidden.view(-1, models, embed).transpose(0, 1)  # (F, P, E)
+        gate_tanh = (hidden @ self.gate_tanh.transpose(1, 2) + self.gate_tanh_bias[:, None]).tanh()
+        gate_sigmoid = (
+            hidden @ self.gate_sigmoid.transpose(1, 2) + self.gate_sigmoid_bias[:, None]
+        ).sigmoid()
+        gates = gate_tanh * gate_sigmoid  # (F, P, A)
+        if dropout:
+            gates = gates * _keep(gates, dropout, generators)
+        scores = (gates @ self.score[:, :, None]).squeeze(2) + self.score_bias  # (F, P)
+        mine = bags.segment == torch.arange(bags.count, device=bags.segment.device)[:, None]
+        weights = scores[:, None].masked_fill(~mine, -torch.inf).softmax(2)  # (F, B, P)
+        return weights @ hidden, weights.sum(1)
+
+
+class Abmil(Attention):
+    """F discrete-time survival experts of one shape."""
+
+    def __init__(self, shape: ExpertShape, *, models: int = 1) -> None:
+        super().__init__(
+            models=models, dim=shape.dim, embed=shape.embed, attention=shape.attention
+        )
+        self.shape = shape
+        self.head = nn.Parameter(torch.empty(models, shape.bins, shape.embed))
+        self.head_bias = nn.Parameter(torch.empty(models, shape.bins))
+
+    @classmethod
+    def initial(
+        cls, shape: ExpertShape, *, seed: int, hazard: float | None = None, models: int = 1
+    ) -> Abmil:
+        """Return F copies of M0, the initial expert that every site of a study starts from.
+
+        Args:
+            shape: widths.
+            seed: of the draw.
+            hazard: yearly hazard that M0 gives every bag, so that training need not spend its
+                few updates on the base rate; None for torch's draw, near one half.
+            models: F.
+        """
+        module = cls(shape)
+        initialise(module, torch.Generator().manual_seed(seed))
+        if hazard is not None:
+            module.head.data.zero_()
+            module.head_bias.data.fill_(log(hazard / (1 - hazard)))
+        return cls.from_flat(shape, flatten(module).expand(models, -1))
+
+    @classmethod
+    def from_flat(cls, shape: ExpertShape, weights: Tensor) -> Abmil:
+        """Return the experts whose weights are the rows of `weights` (F, parameters)."""
+        module = cls(shape, models=weights.shape[0])
+        unflatten(module, weights)
+        return module
+
+    def outputs(
+        self, bags: PackedBags, *, dropout: float = 0.0, generators: Sequence[torch.Generator] = ()
+    ) -> BagOutput:
+        """Return hazard logits, slide features and attention of every model for every bag."""
+        features, attention = self(bags, dropout=dropout, generators=generators)
+        return BagOutput(logits=self.predict(features), features=features, attention=attention)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Return hazard logits (F, B, T) of slide features (F, B, E)."""
+        return features @ self.head.transpose(1, 2) + self.head_bias[:, None]
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Fill stacked parameters as `torch.nn.Linear` does: uniform within 1 / sqrt(fan in)."""
+    fan_in = 1
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if not name.endswith("_bias"):  # a bias follows its weight and shares the fan in
+                fan_in = parameter.shape[-1]
+            parameter.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of weights of one of the F models in `module`."""
+    return sum(prod(parameter.shape[1:]) for parameter in module.parameters())
+
+
+def flatten(module: nn.Module) -> Tensor:
+    """Return the weights as rows, (F, parameters) float32: one array travels, not twelve."""
+    rows = [parameter.detach().flatten(1) for parameter in module.parameters()]
+    return torch.cat(rows, dim=1).float()
+
+
+def unflatten(module: nn.Module, weights: Tensor) -> None:
+    """Copy rows (F, parameters) into the weights of `module`."""
+    start = 0
+    with torch.no_grad():
+        for parameter in module.parameters():
+            size = prod(parameter.shape[1:])
+            parameter.copy_(weights[:, start : start + size].view_as(parameter))
+            start += size
+
+
+def _keep(gates: Tensor, dropout: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return the scaled dropout mask (F, P, A); model f draws from its own generator."""
+    keep = torch.empty_like(gates)
+    for row, generator in zip(keep, generators, strict=True):
+        row.bernoulli_(1 - dropout, generator=generator)
+    return keep / (1 - dropout)

@@ -1,0 +1,52 @@
+"""Many experts over a cohort: each bag is read once, in groups that bound the memory.
+
+Shapes: S experts, n patients, E embedding, T bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cropkt.cohort.bags import Cohort
+from cropkt.experts.abmil import Abmil
+from cropkt.survival.likelihood import risk
+
+MAX_HIDDEN = 1 << 26  # float32 values of one group's hidden layer, 256 MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opinions:
+    """What S frozen experts say of n patients."""
+
+    risk: NDArray[np.float64]  # (S, n) higher dies earlier
+    features: Tensor  # (S, n, E) slide features
+
+
+@torch.inference_mode()
+def consult(experts: Abmil, cohort: Cohort) -> Opinions:
+    """Return risk and slide feature of every expert for every patient."""
+    width = experts.models * experts.shape.embed
+    risks, features = [], []
+    for group in groups(cohort, patches=max(1, MAX_HIDDEN // width)):
+        out = experts.outputs(cohort.pack(group))
+        risks.append(risk(out.logits))
+        features.append(out.features)
+    return Opinions(risk=torch.cat(risks, 1).numpy(), features=torch.cat(features, 1).clone())
+
+
+def groups(cohort: Cohort, *, patches: int, patients: int = 64) -> Iterator[NDArray[np.int64]]:
+    """Yield consecutive patients whose bags together hold at most `patches`, at least one."""
+    start, total = 0, 0
+    for i in range(len(cohort)):
+        size = cohort.patches(i)
+        if i > start and (total + size > patches or i - start >= patients):
+            yield np.arange(start, i)
+            start, total = i, 0
+        total += size
+    yield np.arange(start, len(cohort))

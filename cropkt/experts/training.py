@@ -1,0 +1,183 @@
+"""Training F experts side by side from one read of the data.
+
+Every model sees the same order of patients; a patient's loss counts only for the models that may
+learn from it. So the K fold models, the models that leave two folds out and the model of all
+patients cost one pass, and each equals the model trained alone with the same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil, cos, pi
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cropkt.cohort.bags import Cohort
+from cropkt.config import OptimiserConfig, TrainingConfig
+from cropkt.errors import TrainingFailedError
+from cropkt.experts.abmil import Abmil
+from cropkt.survival.likelihood import discrete_nll
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The models of one cohort: who may learn from whom."""
+
+    folds: NDArray[np.int64]  # (n,) fold of each patient
+    excluded: tuple[tuple[int, ...], ...]  # (F) the folds that each model leaves out
+
+    @classmethod
+    def cross_fitted(cls, folds: NDArray[np.int64]) -> Plan:
+        """Return the models of nested cross-fitting: all, all but f, all but f and g."""
+        k = int(folds.max()) + 1
+        single = tuple((f,) for f in range(k))
+        double = tuple((f, g) for f in range(k) for g in range(f + 1, k))
+        return cls(folds, ((), *single, *double))
+
+    def model(self, *excluded: int) -> int:
+        """Return the index of the model that leaves out exactly these folds."""
+        return self.excluded.index(tuple(sorted(set(excluded))))
+
+    def learns(self) -> NDArray[np.bool_]:
+        """Return (F, n): True where the model may learn from the patient."""
+        return np.stack([~np.isin(self.folds, left_out) for left_out in self.excluded])
+
+
+def batches(
+    patients: int, config: OptimiserConfig, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the patients of one epoch in shuffled groups of about `config.batch`."""
+    order = rng.permutation(patients)
+    if config.drop_last and patients >= config.batch:
+        order = order[: patients // config.batch * config.batch]
+    yield from np.array_split(order, updates_per_epoch(patients, config))
+
+
+def cosine_with_warmup(step: int, *, total: int, warmup: int) -> float:
+    """Return the learning-rate factor of `step` in [0, total): linear rise, then cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + cos(pi * (step - warmup) / max(1, total - warmup)))
+
+
+def updates_per_epoch(patients: int, config: OptimiserConfig) -> int:
+    """Return how many groups `batches` yields."""
+    whole = patients // config.batch
+    return max(1, whole if config.drop_last else round(patients / config.batch))
+
+
+def fit(
+    module: nn.Module,
+    step: Callable[[NDArray[np.int64]], Tensor],
+    *,
+    patients: int,
+    config: OptimiserConfig,
+    seed: int,
+    on_epoch: Callable[[int, int], None] | None = None,
+) -> None:
+    """Minimise `step(indices)`, the summed loss of all models on a group of patients.
+
+    Raises:
+        TrainingFailedError: the loss is no longer finite.
+    """
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    updates = updates_per_epoch(patients, config)
+    epochs = max(config.epochs, ceil(config.minimum_updates / updates))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda at: cosine_with_warmup(
+            at, total=epochs * updates, warmup=config.warmup_epochs * updates
+        ),
+    )
+    rng = np.random.default_rng(seed)
+    for epoch in range(epochs):
+        for chosen in batches(patients, config, rng):
+            optimizer.zero_grad(set_to_none=True)
+            loss = step(chosen)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        if not torch.isfinite(loss):
+            raise TrainingFailedError(
+                "training", f"the loss is {loss.item()} after epoch {epoch + 1}",
+                "Lower training.learning_rate, or check the features for extreme values",
+            )
+        if on_epoch:
+            on_epoch(epoch + 1, epochs)
+
+
+def train_experts(
+    cohort: Cohort,
+    plan: Plan,
+    *,
+    initial: Abmil,
+    config: TrainingConfig,
+    seed: int,
+    on_epoch: Callable[[int, int], None] | None = None,
+) -> Abmil:
+    """Train the F models of `plan` in place, from the weights in `initial`, and return them.
+
+    Raises:
+        TrainingFailedError: the loss is no longer finite.
+    """
+    learns = torch.from_numpy(plan.learns())  # (F, n)
+    bins = torch.from_numpy(cohort.time_bins)
+    event = torch.from_numpy(cohort.event)
+    generators = [
+        torch.Generator().manual_seed(hash_seed(seed, *left_out)) for left_out in plan.excluded
+    ]
+    standardise_for(initial, cohort, plan, config)
+
+    def step(chosen: NDArray[np.int64]) -> Tensor:
+        bags = cohort.pack(chosen)
+        out = initial.outputs(bags, dropout=config.dropout, generators=generators)
+        losses = discrete_nll(
+            out.logits, bins[chosen], event[chosen], alpha=config.alpha, loss=config.loss
+        )  # (F, B)
+        return masked_mean(losses, learns[:, chosen])
+
+    fit(initial, step, patients=len(cohort), config=config, seed=seed, on_epoch=on_epoch)
+    return initial.requires_grad_(False)
+
+
+def standardise_for(
+    experts: Abmil, cohort: Cohort, plan: Plan, config: TrainingConfig
+) -> Abmil:
+    """Let each expert read features in units of the patients it may learn from; return them."""
+    if config.standardise == "site":
+        experts.standardise(*moments(cohort, plan))
+    return experts
+
+
+def masked_mean(losses: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum over models of the mean loss of each model's own patients; both (F, B)."""
+    return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
+
+
+def hash_seed(seed: int, *parts: int) -> int:
+    """Return a seed for one part of a seeded whole, the same in every process."""
+    return int(np.random.SeedSequence([seed, len(parts), *parts]).generate_state(1)[0])
+
+
+def moments(cohort: Cohort, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (F, D) of the patches each model may learn from."""
+    sums = torch.zeros(3, len(cohort), cohort.dim, dtype=torch.float64)
+    for i in range(len(cohort)):
+        patches = cohort.bag(i).double()
+        sums[:, i] = torch.stack(
+            [torch.ones(cohort.dim), patches.sum(0), patches.square().sum(0)]
+        ) * torch.tensor([[len(patches)], [1], [1]])
+    count, total, squares = torch.from_numpy(plan.learns()).double() @ sums
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+    constant = deviation < 1e-6 * (1 + mean.abs())  # scaling a constant would blow up noise
+    return mean.float(), deviation.masked_fill(constant, 1.0).float()

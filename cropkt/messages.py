@@ -1,0 +1,327 @@
+"""What may travel between the coordinator and a site: five questions, their answers, a failure.
+
+No field carries a patient, a slide, a patch, a feature, an attention map, an event time or a
+path. Both sides build a message here and check it here when it arrives: unknown keys, other
+types, values or sizes out of bounds are refused, and no tensor is allocated before its declared
+size was checked. `pack` splits a message into one JSON text and flat float32 arrays, because
+many small arrays cross Flower seven times slower than a few large ones; `unpack` is its inverse.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import field, fields
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from cropkt.cancers import Cancer
+from cropkt.config import StudyConfig
+from cropkt.errors import MessageError
+from cropkt.files import write_atomically
+
+PROTOCOL = 1
+MAX_TEXT = 1 << 20  # characters of one message's JSON
+MAX_WEIGHTS = 1 << 29  # float32 values of one message's arrays, 2 GiB
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+Weights = NDArray[np.float32]
+SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+TaskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")]
+Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
+Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.+_-]{1,64}$")]
+Patients = Annotated[int, Field(ge=0, le=10_000_000)]
+Seconds = Annotated[float, Field(ge=0, le=1e8)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Arm = Literal["local", "zero_shot", "roupkt"]
+Code = Literal[
+    "data", "no_cohort", "not_estimable", "training_failed", "refused", "bad_message", "internal"
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Message:
+    """What every message says of itself: its task, which the answer repeats."""
+
+    kind: ClassVar[str] = ""
+    task: TaskId
+    protocol: Literal[1] = PROTOCOL
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Score:
+    """A C-index with its standard error; None where it is not estimable."""
+
+    c_index: Probability | None = None
+    se: Annotated[float, Field(ge=0, le=10)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ArmScore(Score):
+    """One arm on one site, out of fold."""
+
+    low: Probability | None = None  # 95 % bootstrap over patients
+    high: Probability | None = None
+    pairs: Patients = 0  # comparable pairs within folds, in units of 10
+    fold_mean: Probability | None = None
+    pooled: Probability | None = None  # over all pairs, across folds too
+    gain: Annotated[float, Field(ge=-1, le=1)] | None = None  # over local
+    gain_se: Annotated[float, Field(ge=0, le=1)] | None = None
+    gain_low: Annotated[float, Field(ge=-1, le=1)] | None = None
+    gain_high: Annotated[float, Field(ge=-1, le=1)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CohortCount:
+    """How many patients of one cancer a site holds."""
+
+    cancer: Cancer
+    patients: Patients
+    events: Patients
+    dim: Annotated[int, Field(ge=1, le=16_384)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DescribeRequest(Message):
+    """Who are you, and what do you hold?"""
+
+    kind: ClassVar[str] = "query.describe"
+    study: StudyConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DescribeReply(Message):
+    """Counts and versions."""
+
+    kind: ClassVar[str] = "query.describe"
+    site: SiteName
+    cohorts: tuple[CohortCount, ...]
+    encoder: Annotated[str, StringConstraints(max_length=100)] = ""
+    versions: dict[str, Version] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ExpertRequest(Message):
+    """Train your experts for one cancer, from M0 or from the last round's average."""
+
+    kind: ClassVar[str] = "train.expert"
+    study: StudyConfig
+    cancer: Cancer
+    round: Annotated[int, Field(ge=0, le=99)] = 0
+    shared: bool = False  # other sites hold this cancer: answer with the fold models too
+    weights: Weights | None = None  # (F, parameters); None: M0 of the study's seed
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ExpertReply(Message):
+    """The site's expert and how well it does out of fold."""
+
+    kind: ClassVar[str] = "train.expert"
+    cancer: Cancer
+    patients: Patients
+    events: Patients
+    weights: Weights  # (1, parameters), or (F, parameters) where the cancer is shared
+    score: Score
+    seconds: Seconds
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TransferRequest(Message):
+    """Score these experts of other cancers on your patients."""
+
+    kind: ClassVar[str] = "evaluate.transfer"
+    study: StudyConfig
+    cancer: Cancer
+    sources: tuple[Cancer, ...]
+    weights: Weights  # (sources, parameters)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TransferReply(Message):
+    """Each expert on all patients, and on the training patients of each fold."""
+
+    kind: ClassVar[str] = "evaluate.transfer"
+    cancer: Cancer
+    scores: tuple[Score, ...]  # one a source
+    training_scores: tuple[tuple[Score, ...], ...]  # folds x sources
+    seconds: Seconds
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RouterRequest(Message):
+    """Train your router over these experts."""
+
+    kind: ClassVar[str] = "train.router"
+    study: StudyConfig
+    cancer: Cancer
+    round: Annotated[int, Field(ge=0, le=99)] = 0
+    shared: bool = False
+    sources: tuple[Cancer, ...]
+    weights: Weights  # (sources, parameters) of the experts
+    own: Weights | None = None  # (F, parameters): this cancer's averaged experts, where shared
+    routers: Weights | None = None  # (1 + folds, parameters): last round's average
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RouterReply(Message):
+    """The site's router, adapters and head."""
+
+    kind: ClassVar[str] = "train.router"
+    cancer: Cancer
+    events: Patients
+    weights: Weights  # (1, parameters), or (1 + folds, parameters) where the cancer is shared
+    seconds: Seconds
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ReleaseRequest(Message):
+    """Evaluate the final models and decide."""
+
+    kind: ClassVar[str] = "evaluate.release"
+    study: StudyConfig
+    cancer: Cancer
+    routers: Weights | None = None  # (1 + folds, parameters): the average, where shared
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ReleaseReply(Message):
+    """Every arm out of fold, who was heard, and what the site will use."""
+
+    kind: ClassVar[str] = "evaluate.release"
+    cancer: Cancer
+    patients: Patients
+    events: Patients
+    arms: dict[Arm, ArmScore]
+    routing: dict[Cancer, Probability]  # mean weight of each expert; the own cancer is "self"
+    zero_shot_choice: dict[Literal["vote"] | Cancer, Annotated[int, Field(ge=0, le=10)]]
+    reason: Annotated[str, StringConstraints(pattern=r"^[a-z0-9 ,.]{0,120}$")] = ""
+    seconds: Seconds
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Failure(Message):
+    """The site could not do the task. A code, never a text made from data."""
+
+    kind: ClassVar[str] = "failure"
+    code: Code
+    site: SiteName | None = None  # as it calls itself; a deployed coordinator knows better
+    reference: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,16}$")] = ""  # in its log
+
+
+REQUESTS: tuple[type[Message], ...] = (
+    DescribeRequest,
+    ExpertRequest,
+    TransferRequest,
+    RouterRequest,
+    ReleaseRequest,
+)
+REPLIES: tuple[type[Message], ...] = (
+    DescribeReply,
+    ExpertReply,
+    TransferReply,
+    RouterReply,
+    ReleaseReply,
+    Failure,
+)
+_CLASSES = {kind.__name__: kind for kind in REQUESTS + REPLIES}
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {}
+
+
+def pack(message: Message) -> tuple[str, dict[str, Weights]]:
+    """Return the message as JSON text and its arrays, each flat float32."""
+    arrays = {
+        item.name: value
+        for item in fields(message)
+        if isinstance(value := getattr(message, item.name), np.ndarray)
+    }
+    values = _adapter(type(message)).dump_python(message, exclude=set(arrays))
+    values = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
+    text = json.dumps(
+        {
+            "message": type(message).__name__,
+            "values": values,
+            "shapes": {name: array.shape for name, array in arrays.items()},
+        },
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+    )
+    return text, {
+        name: np.ascontiguousarray(array, dtype=np.float32).reshape(-1)
+        for name, array in arrays.items()
+    }
+
+
+def unpack(text: str, arrays: dict[str, Weights], *, expected: tuple[type[Message], ...]) -> Message:
+    """Return the message that `pack` made, checked.
+
+    Args:
+        text: the JSON text.
+        arrays: the flat arrays by field name.
+        expected: the classes that may arrive here.
+
+    Raises:
+        MessageError: anything is not as the contract says; the text never repeats a value.
+    """
+    if len(text) > MAX_TEXT:
+        raise MessageError("message", f"its text has {len(text)} characters, at most {MAX_TEXT}")
+    try:
+        whole = json.loads(text)
+        name, values, shapes = whole["message"], dict(whole["values"]), dict(whole["shapes"])
+        kind = _CLASSES[name]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise MessageError("message", "not a cropkt message") from None
+    if kind not in expected:
+        raise MessageError("message", f"{kind.__name__} is not expected here")
+    if set(shapes) != set(arrays) or set(shapes) & set(values):
+        raise MessageError(kind.__name__, "its arrays are not those it declares")
+    for field_name, array in arrays.items():
+        values[field_name] = _shaped(array, shapes[field_name], f"{kind.__name__}.{field_name}")
+    try:
+        message = _adapter(kind).validate_python(values)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"][:1])
+        raise MessageError(kind.__name__, f"field {where} is not as agreed") from None
+    return message  # type: ignore[no-any-return]
+
+
+def save(message: Message, path: Path) -> None:
+    """Write a message as one file that is whole, or not there."""
+    text, arrays = pack(message)
+    contents: dict[str, Any] = {"text": np.array(text), **arrays}
+    write_atomically(path, lambda file: np.savez(file, **contents))
+
+
+def load(path: Path, *, expected: tuple[type[Message], ...]) -> Message:
+    """Return the message in a file that `save` wrote.
+
+    Raises:
+        MessageError: the file holds anything else.
+    """
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files if name != "text"}
+        return unpack(str(stored["text"]), arrays, expected=expected)
+
+
+def _shaped(array: Weights, shape: Any, where: str) -> Weights:
+    """Return a flat array in its declared shape, finite and within bounds."""
+    good = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
+    if not good or min(shape) < 1 or prod(shape) > MAX_WEIGHTS:
+        raise MessageError(where, "declares a shape out of bounds")
+    if array.dtype != np.float32 or array.shape != (prod(shape),):
+        raise MessageError(where, "has another size or type than it declares")
+    if not np.isfinite(array).all():
+        raise MessageError(where, "holds values that are not finite")
+    return array.reshape(shape)
+
+
+def _adapter(kind: type[Message]) -> TypeAdapter[Any]:
+    if kind.__name__ not in _ADAPTERS:
+        _ADAPTERS[kind.__name__] = TypeAdapter(kind)
+    return _ADAPTERS[kind.__name__]

@@ -1,0 +1,188 @@
+"""Reads the checkpoints of the published CROPKT code, as modules for one bag.
+
+    expert = load_expert("abmil.pth")         # expert(bag) -> hazard logits (T,)
+    router = load_router("roupkt.pth", top_k=5)
+
+A checkpoint is `{"model": state dict, "epoch": int}` or the state dict itself, read without
+unpickling code. Widths are taken from the tensors; a missing, unknown or misshapen tensor is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cropkt.cohort.bags import PackedBags
+from cropkt.config import PUBLISHED, ExpertShape
+from cropkt.errors import ArtifactError, BagShapeError
+from cropkt.experts.abmil import Abmil, BagOutput
+from cropkt.transfer.roupkt import Roupkt, RouterOutput
+
+_ATTENTION = {
+    "feat_proj.0.weight": "project",
+    "feat_proj.0.bias": "project_bias",
+    "attention_net.attention_a.0.weight": "gate_tanh",
+    "attention_net.attention_a.0.bias": "gate_tanh_bias",
+    "attention_net.attention_b.0.weight": "gate_sigmoid",
+    "attention_net.attention_b.0.bias": "gate_sigmoid_bias",
+    "attention_net.attention_c.weight": "score",
+    "attention_net.attention_c.bias": "score_bias",
+    "pred_head.weight": "head",
+    "pred_head.bias": "head_bias",
+}
+"""Published name to the name in `Abmil` and `Roupkt`."""
+
+
+class PublishedExpert(nn.Module):
+    """One published expert; `abmil` is the same as a stack of one."""
+
+    def __init__(self, abmil: Abmil) -> None:
+        super().__init__()
+        self.abmil = abmil
+
+    def outputs(self, bag: Tensor) -> BagOutput:
+        """Return logits, slide feature and attention of one bag (N, D)."""
+        return self.abmil.outputs(_one(bag, self.abmil.dim))
+
+    def forward(self, bag: Tensor) -> Tensor:
+        """Return the hazard logits (T,) of a bag (N, D)."""
+        return self.outputs(bag).logits[0, 0]
+
+    def slide_feature(self, bag: Tensor) -> Tensor:
+        """Return the slide feature (E,) of a bag (N, D)."""
+        return self.outputs(bag).features[0, 0]
+
+    def attention(self, bag: Tensor) -> Tensor:
+        """Return the attention (N,) over the patches of a bag (N, D); it sums to 1."""
+        return self.outputs(bag).attention[0]
+
+
+class PublishedRouter(nn.Module):
+    """One published router; `roupkt` is the same as a stack of one."""
+
+    def __init__(self, roupkt: Roupkt, *, top_k: int) -> None:
+        super().__init__()
+        self.roupkt = roupkt
+        self.config = type(PUBLISHED.router)(top_k=top_k, renormalise=False, balance="patient")
+
+    def outputs(self, bag: Tensor, expert_features: Tensor) -> RouterOutput:
+        """Return all that the router says of one bag (N, D) and features (X, E)."""
+        return self.roupkt.outputs(
+            _one(bag, self.roupkt.dim), expert_features[None, :, None], self.config
+        )
+
+    def forward(self, bag: Tensor, expert_features: Tensor) -> Tensor:
+        """Return hazard logits (T,) of a bag (N, D) and its experts' slide features (X, E)."""
+        return self.outputs(bag, expert_features).logits[0, 0]
+
+    def router_logits(self, bag: Tensor) -> Tensor:
+        """Return the router's logit of each expert, (X,), for a bag (N, D)."""
+        seen, _ = self.roupkt(_one(bag, self.roupkt.dim))
+        logits: Tensor = (seen @ self.roupkt.gate.transpose(1, 2))[0, 0]
+        return logits
+
+    def gates(self, bag: Tensor) -> Tensor:
+        """Return the probability of each expert, (X,), for a bag (N, D)."""
+        return self.router_logits(bag).softmax(-1)
+
+
+def load_expert(path: str | Path) -> PublishedExpert:
+    """Return the expert in a published ABMIL checkpoint.
+
+    Raises:
+        ArtifactError: not such a checkpoint; names the first tensor that does not fit.
+    """
+    tensors = _read(Path(path))
+    module = Abmil(_shape(tensors, Path(path)))
+    _fill(module, {name: tensors.pop(name, None) for name in _ATTENTION}, tensors, Path(path))
+    return PublishedExpert(module.requires_grad_(False))
+
+
+def load_router(path: str | Path, *, top_k: int = 5) -> PublishedRouter:
+    """Return the router in a published ROUPKT checkpoint, using its `top_k` likeliest experts.
+
+    Raises:
+        ArtifactError: not such a checkpoint; names the first tensor that does not fit.
+    """
+    path = Path(path)
+    tensors = _read(path)
+    if "router.weight" not in tensors:
+        raise ArtifactError(path, "tensor router.weight is missing", "Give a ROUPKT checkpoint")
+    experts = len(tensors["router.weight"])
+    module = Roupkt(_shape(tensors, path), experts=experts, own_heads=False)
+    known: dict[str, Tensor | None] = {name: tensors.pop(name, None) for name in _ATTENTION}
+    known["router.weight"] = tensors.pop("router.weight")
+    for kind, name in (("weight", "adapter"), ("bias", "adapter_bias")):
+        rows = [tensors.pop(f"experts.{i}.0.{kind}", None) for i in range(experts)]
+        missing = [i for i, row in enumerate(rows) if row is None]
+        if missing:
+            raise ArtifactError(
+                path, f"tensor experts.{missing[0]}.0.{kind} is missing", "Use a whole checkpoint"
+            )
+        known[name] = torch.stack([row for row in rows if row is not None])
+    _fill(module, known, tensors, path)
+    return PublishedRouter(module.requires_grad_(False), top_k=top_k)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ArtifactError(path, "no such file", "Give the path of a checkpoint") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ArtifactError(
+            path, f"not a readable checkpoint ({type(error).__name__})", "Use the file as published"
+        ) from None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ArtifactError(path, "holds no state dict of tensors", "Use the file as published")
+    return {str(name): tensor.float() for name, tensor in content.items()}
+
+
+def _shape(tensors: dict[str, Tensor], path: Path) -> ExpertShape:
+    try:
+        embed, dim = tensors["feat_proj.0.weight"].shape
+        return ExpertShape(
+            dim=dim,
+            embed=embed,
+            attention=tensors["attention_net.attention_a.0.weight"].shape[0],
+            bins=tensors["pred_head.weight"].shape[0],
+        )
+    except KeyError as error:
+        raise ArtifactError(path, f"tensor {error.args[0]} is missing", "Give an ABMIL or ROUPKT checkpoint") from None
+    except ValueError as error:
+        raise ArtifactError(path, f"a tensor has the wrong shape ({error})", "Use the file as published") from None
+
+
+def _fill(
+    module: nn.Module, known: dict[str, Tensor | None], rest: dict[str, Tensor], path: Path
+) -> None:
+    """Copy the checkpoint's tensors into a stack of one; refuse what is missing or left over."""
+    if rest:
+        raise ArtifactError(path, f"unknown tensor {min(rest)}", "Use the loader of its model")
+    parameters = dict(module.named_parameters())
+    for name, tensor in known.items():
+        target = parameters[_ATTENTION.get(name, "gate" if name == "router.weight" else name)]
+        if tensor is None:
+            raise ArtifactError(path, f"tensor {name} is missing", "Use a whole checkpoint")
+        if tensor.numel() != target.numel():
+            raise ArtifactError(
+                path,
+                f"tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape[1:])}",
+                "Use a checkpoint of one model",
+            )
+        target.data.copy_(tensor.view_as(target))
+
+
+def _one(bag: Tensor, dim: int) -> PackedBags:
+    if bag.ndim != 2 or bag.shape[1] != dim:
+        raise BagShapeError(
+            "bag", f"has shape {tuple(bag.shape)}, expected (n_patches, {dim})",
+            "Extract with the encoder that the checkpoint was trained on",
+        )
+    return PackedBags.of([bag])

@@ -1,0 +1,1 @@
+"""Discrete-time survival: bins, likelihoods, concordance."""

@@ -1,0 +1,135 @@
+"""All that a target site knows when it decides whom to listen to.
+
+The target's own experts are cross-fitted: for fold f, patients of another fold g are judged by
+the model that saw neither f nor g, so that choices made for f are honest within and without.
+Shapes: n patients, K folds, S sources, E embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cropkt.cohort.bags import Cohort
+from cropkt.config import RouterConfig, StudyConfig
+from cropkt.experts.abmil import Abmil
+from cropkt.experts.bank import Opinions, consult
+from cropkt.experts.training import Plan, moments
+from cropkt.survival.metrics import Estimate, Pairs, concordance_of
+from cropkt.transfer.scores import shrunken, training_scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Target:
+    """One target's patients, its own experts, and what the sources say.
+
+    Row 0 of what is "per view" is for the model of all patients, row 1 + f for fold f.
+    """
+
+    cohort: Cohort
+    plan: Plan
+    own: Abmil  # the F cross-fitted experts of the target
+    opinions: Opinions  # (F, n) of the own experts
+    pairs: Pairs
+
+    @classmethod
+    def of(cls, cohort: Cohort, plan: Plan, own: Abmil) -> Target:
+        """Return the target whose own experts are `own`, in the order of `plan`."""
+        return cls(
+            cohort=cohort,
+            plan=plan,
+            own=own,
+            opinions=consult(own, cohort),
+            pairs=Pairs.of(cohort.days, cohort.event),
+        )
+
+    @property
+    def folds(self) -> NDArray[np.int64]:
+        """Fold of each patient, (n,)."""
+        return self.plan.folds
+
+    @property
+    def views(self) -> int:
+        """1 + K."""
+        return 1 + int(self.folds.max()) + 1
+
+    def own_model(self, view: int, *, in_sample: bool = False) -> NDArray[np.int64]:
+        """Return which own model judges each patient, (n,), when fold `view - 1` is held out."""
+        left_out = () if view == 0 else (view - 1,)
+        if in_sample:
+            return np.full(len(self.cohort), self.plan.model(*left_out))
+        of_fold = [self.plan.model(*left_out, fold) for fold in range(self.views - 1)]
+        return np.array(of_fold)[self.folds]
+
+    def local_risk(self, view: int = 0) -> NDArray[np.float64]:
+        """Return the own experts' out-of-fold risk (n,), by models that never saw `view`."""
+        risk: NDArray[np.float64] = self.opinions.risk[
+            self.own_model(view), np.arange(len(self.cohort))
+        ]
+        return risk
+
+    def local_score(self, view: int = 0) -> Estimate:
+        """Return the own experts' C-index; for view 1 + f on the other folds' patients alone.
+
+        Only pairs within a fold count: two folds are judged by two models.
+        """
+        within = Pairs(self.pairs.earlier & (self.folds[:, None] == self.folds[None, :]))
+        if view:
+            within = within.within(self.folds != view - 1)
+        return concordance_of(within, self.local_risk(view))
+
+    def consult(self, sources: Abmil, config: StudyConfig) -> list[Opinions]:
+        """Return the sources' opinions per view; equal where features are not standardised.
+
+        A source reads the target's patches in the target's own units, learnt on the training
+        folds of the view.
+        """
+        if config.training.standardise == "none":
+            return [consult(sources, self.cohort)] * self.views
+        mean, deviation = moments(self.cohort, self.plan)
+        opinions = []
+        for view in range(self.views):
+            model = self.plan.model(*(() if view == 0 else (view - 1,)))
+            sources.standardise(mean[model], deviation[model])
+            opinions.append(consult(sources, self.cohort))
+        return opinions
+
+    def source_scores(self, opinions: list[Opinions]) -> list[list[Estimate]]:
+        """Return per view each source's C-index: row 0 on all patients, 1 + f without fold f."""
+        if all(opinion is opinions[0] for opinion in opinions):
+            risk = opinions[0].risk
+            whole = [concordance_of(self.pairs, row) for row in risk]
+            return [whole, *training_scores(self.pairs, self.folds, risk)]
+        rows = []
+        for view, opinion in enumerate(opinions):
+            pairs = self.pairs.within(self.folds != view - 1)
+            rows.append([concordance_of(pairs, row) for row in opinion.risk])
+        return rows
+
+    def router_features(self, opinions: list[Opinions], config: RouterConfig) -> Tensor:
+        """Return slide features (1 + K, 1 + S, n, E) per view, the own expert first."""
+        at = torch.arange(len(self.cohort))
+        rows = []
+        for view, opinion in enumerate(opinions):
+            model = self.own_model(view, in_sample=config.self_features == "in_sample")
+            own = self.opinions.features[torch.from_numpy(model), at]  # (n, E)
+            rows.append(torch.cat([own[None], opinion.features]))
+        return torch.stack(rows)
+
+    def prior(self, opinions: list[Opinions], config: RouterConfig) -> Tensor:
+        """Return the gates' starting logits (1 + K, 1 + S), from what each view may see."""
+        scores = self.source_scores(opinions)
+        value = np.stack(
+            [shrunken([self.local_score(view), *row]) for view, row in enumerate(scores)]
+        )
+        value -= value.max(1, keepdims=True)
+        return torch.from_numpy(config.prior_strength * value).float()
+
+
+def subset_of(opinion: Opinions, sources: list[int]) -> Opinions:
+    """Return the opinions of some of the experts."""
+    return replace(opinion, risk=opinion.risk[sources], features=opinion.features[sources])

@@ -1,0 +1,1 @@
+"""The coordinator: runs a study, keeps the expert bank, routes knowledge to sites."""

@@ -1,0 +1,177 @@
+"""The study's durable table of tasks, in SQLite, and the replies, as files.
+
+A reply is on disk before its row says `done`; a row that says `sent` after a crash is due again,
+because a site answers the same task from its own store. WAL with full synchronisation: what was
+committed survives a kill at any time.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cropkt.cancers import Cancer
+from cropkt.errors import ConfigError
+from cropkt.messages import REPLIES, Message, load, save
+
+Kind = Literal["describe", "fit_expert", "score_sources", "fit_router", "evaluate"]
+State = Literal["due", "sent", "done", "failed"]
+SCHEMA = 1
+
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE task (
+    id TEXT PRIMARY KEY,
+    kind TEXT NOT NULL,
+    site TEXT NOT NULL,
+    cancer TEXT NOT NULL DEFAULT '',
+    round INTEGER NOT NULL DEFAULT 0,
+    state TEXT NOT NULL DEFAULT 'due',
+    cause TEXT NOT NULL DEFAULT '',
+    tries INTEGER NOT NULL DEFAULT 0,
+    changed REAL NOT NULL DEFAULT (julianday('now'))
+);
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One row: what one site does, for one cancer and round."""
+
+    kind: Kind
+    site: str
+    cancer: Cancer | None = None
+    round: int = 0
+    state: State = "due"
+    cause: str = ""
+    tries: int = 0
+
+    @property
+    def id(self) -> str:
+        """The name that request and reply carry."""
+        parts = [self.kind, self.site]
+        if self.cancer:
+            parts += [self.cancer, str(self.round)]
+        return "/".join(parts)
+
+
+class Store:
+    """Rows and replies of one study folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / "study.sqlite"
+        self._replies = folder / "replies"
+        self._replies.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._migrate()
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    def _migrate(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA:
+            raise ConfigError(
+                self._path,
+                f"has schema {version}, this cropkt knows {SCHEMA}",
+                "Use the cropkt that wrote it, or a newer one",
+            )
+        if version == 0:
+            self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
+
+    def meta(self, key: str) -> str | None:
+        """Return a value kept with the study."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Keep a value with the study."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """Add the rows that are not there yet, all or none."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany(
+                "INSERT OR IGNORE INTO task (id, kind, site, cancer, round) VALUES (?, ?, ?, ?, ?)",
+                [(t.id, t.kind, t.site, t.cancer or "", t.round) for t in tasks],
+            )
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def tasks(self) -> list[Task]:
+        """Return all rows in the order they were added."""
+        return _tasks(self._db)
+
+    def sent(self, task: Task) -> None:
+        """The task left for its site, once more."""
+        self._set(task, "sent", "", tries=1)
+
+    def due(self, task: Task, cause: str = "") -> None:
+        """The task must be sent again."""
+        self._set(task, "due", cause)
+
+    def failed(self, task: Task, cause: str) -> None:
+        """The task ended without a reply that could be used."""
+        self._set(task, "failed", cause)
+
+    def done(self, task: Task, reply: Message) -> None:
+        """Keep the reply, then say so."""
+        save(reply, self._reply(task))
+        self._set(task, "done", "")
+
+    def reply(self, task: Task) -> Message:
+        """Return the reply of a task that is done."""
+        return load(self._reply(task), expected=REPLIES)
+
+    def resume(self) -> None:
+        """Make what was under way when the last process ended due again."""
+        self._db.execute("UPDATE task SET state = 'due' WHERE state = 'sent'")
+
+    def _set(self, task: Task, state: State, cause: str, tries: int = 0) -> None:
+        self._db.execute(
+            "UPDATE task SET state = ?, cause = ?, tries = tries + ?, changed = julianday('now') "
+            "WHERE id = ?",
+            (state, cause, tries, task.id),
+        )
+
+    def _reply(self, task: Task) -> Path:
+        return self._replies / f"{task.id.replace('/', '~')}.npz"
+
+
+def read_tasks(folder: Path) -> list[Task]:
+    """Return the rows of a study that another process or thread is running."""
+    path = folder / "study.sqlite"
+    if not path.exists():
+        return []
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
+        (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        return _tasks(database) if tables else []
+
+
+def _tasks(database: sqlite3.Connection) -> list[Task]:
+    rows = database.execute(
+        "SELECT kind, site, cancer, round, state, cause, tries FROM task ORDER BY rowid"
+    )
+    return [
+        Task(
+            kind=kind,
+            site=site,
+            cancer=Cancer(cancer) if cancer else None,
+            round=number,
+            state=state,
+            cause=cause,
+            tries=tries,
+        )
+        for kind, site, cancer, number, state, cause, tries in rows
+    ]

@@ -1,0 +1,1 @@
+"""The simulation: the same coordinator and hospitals, all on one machine or cluster."""

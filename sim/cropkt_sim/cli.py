@@ -1,0 +1,156 @@
+"""`cropkt-sim`: a whole federation on one machine or cluster."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Simulate a federation of hospitals: every TCGA cancer is a site.",
+)
+
+
+class DataKind(StrEnum):
+    """Where the patients come from."""
+
+    synthetic = "synthetic"
+    clinical = "clinical"
+    features = "features"
+
+
+class PresetName(StrEnum):
+    """Named settings."""
+
+    default = "default"
+    demo = "demo"
+    published = "published"
+
+
+class EngineName(StrEnum):
+    """What carries the messages."""
+
+    local = "local"
+    ray = "ray"
+
+
+class SitesBy(StrEnum):
+    """What a site is."""
+
+    cancers = "cancers"
+    hospitals = "hospitals"
+
+
+class Split(StrEnum):
+    """How patients are divided into folds."""
+
+    stratified = "stratified"
+    hospital = "hospital"
+
+
+class Endpoint(StrEnum):
+    """TCGA-CDR endpoints."""
+
+    OS = "OS"
+    DSS = "DSS"
+    PFI = "PFI"
+    DFI = "DFI"
+
+
+class Programs(StrEnum):
+    """What the synthetic data has planted."""
+
+    default = "default"
+    none = "none"
+
+
+@app.callback()
+def about() -> None:
+    """Simulate a federation of hospitals: every TCGA cancer is a site."""
+
+
+@app.command()
+def run(
+    data: Annotated[DataKind, typer.Option(help="Patients to use.")] = DataKind.synthetic,
+    outcomes: Annotated[
+        Path | None, typer.Option(help="Outcome table (CSV or TSV) for clinical and features.")
+    ] = None,
+    features: Annotated[
+        list[Path] | None, typer.Option(help="Folder of slide features; repeat for several.")
+    ] = None,
+    cancers: Annotated[
+        str, typer.Option(help="Cancer codes, comma-separated; all 26 by default.")
+    ] = "",
+    sites: Annotated[SitesBy, typer.Option(help="One site a cancer, or one a hospital.")] = (
+        SitesBy.cancers
+    ),
+    endpoint: Annotated[Endpoint, typer.Option(help="Which outcome of the table.")] = Endpoint.DSS,
+    folds: Annotated[
+        int | None, typer.Option(min=2, max=10, help="Cross-validation folds.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Folds by patient, or by hospital.")] = (
+        Split.stratified
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of folds, training and synthetic data.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the study and its report.")] = Path(
+        "cropkt-run"
+    ),
+    preset: Annotated[PresetName, typer.Option(help="Named settings.")] = PresetName.default,
+    programs: Annotated[
+        Programs, typer.Option(help="Synthetic data: plant shared programs, or nothing.")
+    ] = Programs.default,
+    engine: Annotated[EngineName, typer.Option(help="Processes here, or Flower on Ray.")] = (
+        EngineName.local
+    ),
+    workers: Annotated[int, typer.Option(min=0, help="Sites at a time; 0: one a core.")] = 0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Drop and count bad rows and slides.")
+    ] = False,
+) -> None:
+    r"""Run a whole study: experts, transfer, routing, report.
+
+    \b
+    cropkt-sim run --preset demo
+    cropkt-sim run --data clinical --outcomes tcga_cdr.csv --out clinical-run
+    cropkt-sim run --data features --outcomes labels.csv --features FEATS --cancers UVM,SKCM
+    cropkt-sim run --data clinical --outcomes tcga_cdr.csv --sites hospitals
+    """
+    from cropkt.errors import CropktError
+    from cropkt_sim.study import Options, run_study  # torch loads here: --help stays instant
+
+    try:
+        run_study(
+            Options(
+                data=data.value,
+                outcomes=outcomes,
+                features=tuple(features or ()),
+                cancers=cancers,
+                by=sites.value,
+                endpoint=endpoint.value,
+                folds=folds,
+                split=split.value,
+                seed=seed,
+                out=out,
+                preset=preset.value,
+                programs=programs.value,
+                engine=engine.value,
+                workers=workers,
+                skip_bad=skip_bad,
+            )
+        )
+    except CropktError as error:
+        typer.secho(f"cropkt-sim: {error}", fg="red", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.secho("cropkt-sim: interrupted; run the same command to go on", err=True)
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """Entry point of the `cropkt-sim` command."""
+    app()

@@ -1,0 +1,36 @@
+"""Study settings for the three kinds of data and the named presets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from cropkt.config import PUBLISHED, ExpertShape, RouterConfig, StudyConfig, TrainingConfig
+
+Data = Literal["synthetic", "clinical", "features"]
+Preset = Literal["default", "demo", "published"]
+
+# Small features need small experts: the published widths are for 1536 features a patch.
+SMALL = StudyConfig(
+    shape=ExpertShape(embed=64, attention=32),
+    training=TrainingConfig(epochs=10, minimum_updates=200, learning_rate=1e-3, weight_decay=1e-2),
+    router=RouterConfig(epochs=5, learning_rate=1e-3, weight_decay=1e-2),
+)
+DEMO = replace(SMALL, folds=3)
+
+
+def study_for(*, data: Data, preset: Preset, dim: int) -> StudyConfig:
+    """Return the settings of a preset, for features of width `dim`."""
+    if preset == "published":
+        study = PUBLISHED
+    elif preset == "demo":
+        study = DEMO
+    elif data == "features":
+        study = replace(
+            SMALL,
+            shape=ExpertShape() if dim > 1000 else ExpertShape(embed=128, attention=64),
+            training=replace(SMALL.training, standardise="none" if dim > 1000 else "site"),
+        )
+    else:
+        study = SMALL
+    return replace(study, shape=replace(study.shape, dim=dim))
