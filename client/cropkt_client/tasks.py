@@ -168,9 +168,7 @@ def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
     stack.load(_checked(learnt, stack.module, models=target.views))
     routed, weights = stack.predict()
     opinions = _opinions(site, target, sources["weights"], study)
-    bare = zero_shot(
-        target.pairs, target.folds, opinions[0].risk, target.source_scores(opinions)[1:]
-    )
+    bare = zero_shot(target.pairs, target.folds, [opinion.risk for opinion in opinions[1:]])
     risks: dict[Arm, NDArray[np.float64]] = {
         "local": target.local_risk(),
         "zero_shot": bare.risk,
@@ -250,7 +248,7 @@ def _opinions(site: Site, target: Target, weights: Weights, study: StudyConfig) 
 def _experts(shape: ExpertShape, weights: Weights, *, models: int) -> Abmil:
     """Return experts from rows of weights whose number and width were checked."""
     _checked(weights, Abmil(shape), models=models)
-    return Abmil.from_flat(shape, torch.from_numpy(weights)).requires_grad_(False)
+    return Abmil.from_flat(shape, torch.tensor(weights)).requires_grad_(False)
 
 
 def _checked(weights: Weights, module: torch.nn.Module, *, models: int) -> Weights:

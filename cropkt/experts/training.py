@@ -129,6 +129,7 @@ def train_experts(
     Raises:
         TrainingFailedError: the loss is no longer finite.
     """
+    initial.requires_grad_(True)
     learns = torch.from_numpy(plan.learns())  # (F, n)
     bins = torch.from_numpy(cohort.time_bins)
     event = torch.from_numpy(cohort.event)

@@ -7,7 +7,6 @@ death. Shapes: leading dimensions are free (models, patients), the last one is T
 from __future__ import annotations
 
 
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

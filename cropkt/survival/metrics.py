@@ -15,6 +15,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cropkt.errors import NotEstimableError
+
 Arm = TypeVar("Arm", bound=str)
 TIE = 1e-8
 REPLICATES = 500
@@ -99,10 +101,23 @@ def concordance_of(pairs: Pairs, risk: NDArray[np.floating]) -> Estimate:
     total = pairs.count
     if total == 0:
         return Estimate(c_index=None)
-    credit = pairs.credit(risk)
-    c_index = float(credit.sum(dtype=np.float64) / total)
-    share = (_margins(credit) - c_index * _margins(pairs.earlier)) / total  # dC / d weight
-    return Estimate(c_index=c_index, se=float(np.sqrt((share**2).sum())), pairs=total)
+    c_index, influence = _influence(pairs, risk)
+    return Estimate(c_index=c_index, se=float(np.sqrt((influence**2).sum())), pairs=total)
+
+
+def paired_difference(
+    pairs: Pairs, risk: NDArray[np.floating], other: NDArray[np.floating]
+) -> tuple[float, float]:
+    """Return C(risk) - C(other) on the same patients and the standard error of the difference.
+
+    Raises:
+        NotEstimableError: no pair is comparable.
+    """
+    if pairs.count == 0:
+        raise NotEstimableError("concordance", "no pair of patients is comparable")
+    c_index, influence = _influence(pairs, risk)
+    c_other, influence_other = _influence(pairs, other)
+    return c_index - c_other, float(np.sqrt(((influence - influence_other) ** 2).sum()))
 
 
 def bootstrap(
@@ -178,15 +193,21 @@ def out_of_fold(
     return result
 
 
+def _influence(pairs: Pairs, risk: NDArray[np.floating]) -> tuple[float, NDArray[np.float64]]:
+    """Return the C-index and its derivative by each patient's weight, (n,)."""
+    total = pairs.count
+    credit = pairs.credit(risk)
+    c_index = float(credit.sum(dtype=np.float64) / total)
+    return c_index, (_margins(credit) - c_index * _margins(pairs.earlier)) / total
+
+
 def _margins(matrix: NDArray[np.float32] | NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return row sum plus column sum of each patient, (n,)."""
     margins: NDArray[np.float64] = matrix.sum(0, dtype=np.float64) + matrix.sum(1, dtype=np.float64)
     return margins
 
 
-def _weighted(
-    weights: NDArray[np.float32], matrix: NDArray[np.float32]
-) -> NDArray[np.float64]:
+def _weighted(weights: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return w M w for each row w of `weights` (r, n) and `matrix` (n, n), as (r,)."""
     product: NDArray[np.float64] = ((weights @ matrix) * weights).sum(1, dtype=np.float64)
     return product

@@ -9,9 +9,7 @@ from cropkt.survival.metrics import Estimate
 from cropkt.transfer.scores import shrunken
 
 
-def sources_for(
-    scores: Mapping[Cancer, Sequence[Estimate]], *, limit: int
-) -> tuple[Cancer, ...]:
+def sources_for(scores: Mapping[Cancer, Sequence[Estimate]], *, limit: int) -> tuple[Cancer, ...]:
     """Return the experts that a target's router may use, in alphabetical order.
 
     A source is kept if it is among the best `limit` for at least one fold, judged by the

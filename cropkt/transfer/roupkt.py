@@ -46,9 +46,7 @@ class Roupkt(Attention):
     def __init__(
         self, shape: ExpertShape, *, experts: int, models: int = 1, own_heads: bool = True
     ) -> None:
-        super().__init__(
-            models=models, dim=shape.dim, embed=shape.embed, attention=shape.attention
-        )
+        super().__init__(models=models, dim=shape.dim, embed=shape.embed, attention=shape.attention)
         heads = experts if own_heads else 1
         self.gate = nn.Parameter(torch.empty(models, experts, shape.embed))
         self.adapter = nn.Parameter(torch.empty(models, experts, shape.embed, shape.embed))

@@ -46,7 +46,7 @@ class RouterStack:
 
     def load(self, weights: NDArray[np.float32]) -> None:
         """Take over routers (1 + K, parameters), for example a round's average."""
-        unflatten(self.module, torch.from_numpy(weights))
+        unflatten(self.module, torch.tensor(weights))
 
     def train(self, on_epoch: Callable[[int, int], None] | None = None) -> None:
         """Train all routers from where they stand."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cropkt.survival.metrics import Estimate, Pairs, concordance_of
+from cropkt.survival.metrics import Estimate, Pairs, concordance_of, paired_difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +24,15 @@ class ZeroShot:
     choice: tuple[int | None, ...]  # per fold: the index of the source, None for the vote
 
 
-def standardised(risk: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return risks (S, n) with mean 0 and deviation 1 over patients; a constant becomes 0."""
-    centred = risk - risk.mean(1, keepdims=True)
-    deviation = centred.std(1, keepdims=True)
-    return np.divide(
+def standardised(risk: NDArray[np.floating], reference: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return risks (S, n) in units of the reference patients (n,); a constant becomes 0."""
+    known = risk[:, reference]
+    centred = risk - known.mean(1, keepdims=True)
+    deviation = known.std(1, keepdims=True)
+    scaled: NDArray[np.float64] = np.divide(
         centred, deviation, out=np.zeros_like(centred, dtype=np.float64), where=deviation > 1e-12
     )
+    return scaled
 
 
 def training_scores(
@@ -43,36 +46,43 @@ def training_scores(
 
 
 def zero_shot(
-    pairs: Pairs,
-    folds: NDArray[np.int64],
-    risk: NDArray[np.floating],
-    scores: Sequence[Sequence[Estimate]],
+    pairs: Pairs, folds: NDArray[np.int64], risks: Sequence[NDArray[np.floating]]
 ) -> ZeroShot:
     """Return the better of the best single source and the equal vote, chosen per fold.
 
-    A single source is taken only where it beats the vote by more than one standard error of the
-    vote on the other folds: the best of many noisy scores is mostly luck.
+    The best of S noisy scores is mostly luck: on patients where all sources and the vote are
+    equally good, the best of them is expected to lead by sqrt(2 ln S) paired standard errors. A
+    source is taken only where it leads the vote by more than that on the other folds.
 
     Args:
         pairs: comparable pairs of the target's patients.
         folds: (n,) fold of each patient.
-        risk: (S, n) of the sources.
-        scores: `training_scores` of `risk`.
+        risks: per fold the sources' risk (S, n), read in units learnt without that fold.
     """
-    scaled = standardised(risk)
-    vote = scaled.mean(0)
-    chosen_risk = vote.copy()
+    chosen_risk = np.empty(len(folds))
     choice: list[int | None] = []
-    for fold, of_sources in enumerate(scores):
-        of_vote = concordance_of(pairs.within(folds != fold), vote)
-        known = [(s.c_index, i) for i, s in enumerate(of_sources) if s.c_index is not None]
-        best, index = max(known, default=(0.0, 0))
-        if of_vote.c_index is None or best <= of_vote.c_index + (of_vote.se or 0.0):
-            choice.append(None)
-            continue
-        choice.append(index)
-        chosen_risk[folds == fold] = scaled[index, folds == fold]
+    for fold, risk in enumerate(risks):
+        mine, others = folds == fold, folds != fold
+        scaled = standardised(risk, others)
+        vote = scaled.mean(0)
+        leads = _leads(pairs.within(others), scaled, vote)
+        best = int(np.argmax(leads))
+        lucky = leads[best] <= sqrt(2 * log(len(risk)))
+        choice.append(None if lucky else best)
+        chosen_risk[mine] = vote[mine] if lucky else scaled[best, mine]
     return ZeroShot(risk=chosen_risk, choice=tuple(choice))
+
+
+def _leads(
+    pairs: Pairs, risk: NDArray[np.float64], vote: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return by how many standard errors each risk (S, n) leads the vote (n,); 0 if unknown."""
+    leads = np.zeros(len(risk))
+    if pairs.count:
+        for i, row in enumerate(risk):
+            difference, error = paired_difference(pairs, row, vote)
+            leads[i] = difference / error if error > 0 else 0.0
+    return leads
 
 
 def shrunken(scores: Sequence[Estimate]) -> NDArray[np.float64]:

@@ -13,11 +13,12 @@ import gc
 import logging
 import os
 import queue
+import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,12 +30,13 @@ from cropkt.errors import TrainingFailedError, UsageError
 from cropkt_sim.apps import answer
 from cropkt_sim.flower_internals import ErrorCode, run_on_ray
 from cropkt_sim.grid import TurnGrid
+from cropkt_sim.orphans import no_process_left
 
 RunConfig = Mapping[str, str | int | float | bool]
 
 _POLL = 0.05  # seconds; Flower's engine itself looks for new messages every 0.1
-# Ray's sockets live below its folder, and their paths may have 107 bytes; it needs 64 of them.
-_LONGEST_FOLDER = 40
+# Ray's sockets live below its folder, and the path of a socket may have 107 bytes.
+_LONGEST_PARENT = 20
 
 
 class SiteApp(ClientApp):
@@ -109,9 +111,7 @@ class FlowerEngine:
     Leaving ends the engine and all that it started, whatever its sites are doing.
     """
 
-    def __init__(
-        self, client_app: str, *, nodes: int, run_config: RunConfig, init_args: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, client_app: str, *, nodes: int, run_config: RunConfig) -> None:
         self._site = SiteApp(client_app, run_config)
         self._nodes = nodes
         self._run_config = dict(run_config)
@@ -119,7 +119,7 @@ class FlowerEngine:
         # a dead actor would fail every message that it is given later; without retries, every
         # message that it is given while it restarts. So a task that dies is tried once more.
         resources = {"num_cpus": 1, "num_gpus": 0, "max_restarts": -1, "max_task_retries": 1}
-        self._backend = {"init_args": dict(init_args), "client_resources": resources}
+        self._backend = {"client_resources": resources}
         self._door = _Door(nodes)
         self._grid: RayGrid | None = None
         self._failure: TrainingFailedError | None = None
@@ -139,6 +139,8 @@ class FlowerEngine:
             raise
         context.run_config = dict(self._run_config)
         self._grid = RayGrid(grid)
+        if self._failure is not None:  # it failed while there was no grid to say so
+            self._grid.end(self._failure)
         return self._grid, context
 
     def __exit__(
@@ -151,19 +153,14 @@ class FlowerEngine:
 
     def close(self) -> None:
         """End the engine; calls on the grid raise from here on."""
-        import ray
-
         if self._grid is not None:
             self._grid.end(RuntimeError("the simulation is over"))
-        try:
-            with _quiet_flower():
-                # Before Flower shuts Ray down: its threads wait for running tasks, and would wait
-                # for ever once Ray is gone.
-                _kill_actors()
-                self._door.leave.set()
-                self._thread.join()
-        finally:
-            ray.shutdown()
+        with _quiet_flower():
+            # Before Flower shuts Ray down: its threads wait for running tasks, and would wait for
+            # ever once Ray is gone.
+            _kill_actors()
+            self._door.leave.set()
+            self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -195,10 +192,9 @@ def simulate_on_ray(
         TrainingFailedError: Flower's engine failed.
     """
     check_ray()
-    with _ray_arguments(min(workers, nodes)) as init_args:
-        engine = FlowerEngine(client_app, nodes=nodes, run_config=run_config, init_args=init_args)
-        with engine as (grid, context):
-            server_app(grid=grid, context=context)
+    engine = FlowerEngine(client_app, nodes=nodes, run_config=run_config)
+    with _ray(min(workers, nodes)), engine as (grid, context):
+        server_app(grid=grid, context=context)
 
 
 def check_ray() -> None:
@@ -220,26 +216,43 @@ def check_ray() -> None:
 
 
 @contextlib.contextmanager
-def _ray_arguments(workers: int) -> Iterator[dict[str, Any]]:
-    """Yield the arguments of ray.init, and a folder for its files while it runs."""
-    # Sites log their tracebacks in Ray's processes: only this brings them to the user.
-    common = {"log_to_driver": True, "logging_level": "error"}
-    if os.environ.get("RAY_ADDRESS"):
-        yield common
-        return
+def _ray(workers: int) -> Iterator[None]:
+    """Start or join Ray; Flower's engine uses what it finds running."""
+    import ray
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    # Ray's processes have the environment of this one, but not its path; and sites log their
+    # tracebacks there, which only log_to_driver brings to the user.
+    arguments: dict[str, Any] = {
+        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+        "log_to_driver": True,
+        "logging_level": logging.ERROR,
+    }
+    with _ray_folder() as folder, no_process_left():
+        if not os.environ.get("RAY_ADDRESS"):
+            # "local": with no address, Ray would join any cluster that it finds on this machine.
+            arguments |= {"address": "local", "include_dashboard": False, "num_cpus": workers}
+            arguments |= {"_temp_dir": folder}
+        try:
+            ray.init(**arguments)
+            if threading.current_thread() is threading.main_thread():
+                # Ray replaces this handler, and its own aborts the process after three seconds.
+                signal.signal(signal.SIGTERM, on_sigterm)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _ray_folder() -> Iterator[str]:
+    """Yield a folder for Ray's logs and sockets that is removed afterwards."""
     parent = tempfile.gettempdir()
     with tempfile.TemporaryDirectory(
         prefix="cropkt-ray-",
-        dir=parent if len(parent) < _LONGEST_FOLDER - len("/cropkt-ray-12345678") else "/tmp",
+        dir=parent if len(parent) < _LONGEST_PARENT else "/tmp",
         ignore_cleanup_errors=True,  # Ray's processes may still be writing their last line
     ) as folder:
-        # "local": with no address, Ray would join any cluster that it finds on this machine.
-        yield common | {
-            "address": "local",
-            "include_dashboard": False,
-            "num_cpus": workers,
-            "_temp_dir": str(Path(folder).resolve()),
-        }
+        yield folder
 
 
 def _kill_actors() -> None:

@@ -1,0 +1,275 @@
+"""`cropkt-client`: a hospital joins a study and serves it for weeks.
+
+Exit codes: 0 the study is closed, 130 and 143 interrupted, 64 a wrong option, 69 the coordinator
+cannot be reached, 76 versions that do not go together, 77 refused, 78 configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from cropkt_client.enrol import Enrolment
+    from cropkt_client.log import State
+    from cropkt_client.supernode import Place
+
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
+LONGEST_STOP = 40.0  # seconds a client may take to stop
+
+Config = Annotated[Path | None, typer.Option(help="This site's settings  [default: site.yaml]")]
+AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def client(
+    context: typer.Context,
+    site: Annotated[str, typer.Option(help="This hospital's name in the roster.")] = "",
+    cancer: Annotated[
+        list[str] | None, typer.Option(help="Cancer code; repeat for several.")
+    ] = None,
+    config: Config = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Serve in the background.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cuda[:i], cpu or mps.")] = "auto",
+) -> None:
+    r"""Serve a study until the coordinator closes it.
+
+    \b
+    cropkt-client enrol INVITE
+    cropkt-client --site lumc --cancer UVM --cancer SKCM
+    cropkt-client --site lumc --cancer UVM --detach
+    cropkt-client status
+    """
+    context.obj = config or Path("site.yaml")
+    if context.invoked_subcommand:
+        return
+    if not site and not cancer:
+        typer.echo(context.get_help())
+        raise typer.Exit(64)
+    with _one_line():
+        place = _place(context.obj, site, cancer or [], device)
+        if detach:
+            _detach(place, sys.argv[1:])
+            return
+        from cropkt_client.supernode import serve
+
+        serve(place)
+
+
+@app.command()
+def enrol(
+    context: typer.Context,
+    invite: Annotated[str, typer.Argument(help="The invite, or a file that holds it.")],
+    config: Config = None,
+) -> None:
+    """Make this site's keys here and redeem an invite."""
+    from cropkt.invite import decode_invite
+    from cropkt_client.enrol import join
+
+    with _one_line():
+        path = Path(invite)
+        named = len(invite) < 256 and path.is_file()
+        read = decode_invite(path.read_text(errors="replace") if named else invite)
+        for line in join(read, config or context.obj):
+            typer.echo(line)
+
+
+@app.command()
+def status(context: typer.Context, config: Config = None, as_json: AsJson = False) -> None:
+    """Say whether this site is enrolled, runs and is connected; exit code 3 if it does not run."""
+    from cropkt.errors import ConfigError
+    from cropkt_client.enrol import Enrolment
+    from cropkt_client.log import read_status
+    from cropkt_client.supernode import running
+
+    with _one_line():
+        state, enrolment = _state(config or context.obj), None
+        with contextlib.suppress(ConfigError):
+            enrolment = Enrolment.load(state)
+        pid, told = running(state), read_status(state)
+    if told and pid and pid != told.pid:
+        told = None  # an earlier client's: this one has reported nothing yet
+    if as_json:
+        whole = {"enrolled": enrolment is not None, "running": pid is not None, "pid": pid}
+        typer.echo(json.dumps({**(asdict(told) if told else {}), **whole}, sort_keys=True))
+    else:
+        for line in _in_words(enrolment, pid, told):
+            typer.echo(line)
+    raise typer.Exit(0 if pid else 3)
+
+
+@app.command()
+def stop(context: typer.Context, config: Config = None) -> None:
+    """Stop the client; a task at work is cut off and comes again when it runs again."""
+    from cropkt.errors import UsageError
+    from cropkt_client.supernode import running
+
+    with _one_line():
+        state = _state(config or context.obj)
+        pid = running(state)
+        if pid is None:
+            typer.echo("not running")
+            return
+        os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + LONGEST_STOP
+        while running(state) == pid:
+            if time.monotonic() > until:
+                raise UsageError(f"process {pid}", "does not stop", f"End it: kill -9 {pid}")
+            time.sleep(0.1)
+        typer.echo("stopped")
+
+
+def _place(config: Path, site: str, cancers: Sequence[str], device: str) -> Place:
+    """Return where to serve from, if the command line agrees with what this site joined."""
+    from cropkt.cancers import cancer_of
+    from cropkt.errors import ConfigError, DataError, UsageError
+    from cropkt_client.enrol import Coordinator, Enrolment
+    from cropkt_client.site import Site
+    from cropkt_client.supernode import Place
+
+    if not DEVICE.fullmatch(device):
+        raise UsageError("--device", f"unknown device {device!r}", "Use auto, cuda[:i], cpu or mps")
+    try:
+        asked = {cancer_of(code) for code in cancers}
+    except DataError as error:
+        raise UsageError("--cancer", error.problem, error.fix) from None
+    config = config.resolve()
+    here = Site.load(config)
+    state = here.state.resolve()
+    enrolment = Enrolment.load(state)
+    if not site or not asked:
+        missing = "--cancer" if site else "--site"
+        line = " ".join(["--site", enrolment.site, *(f"--cancer {c}" for c in enrolment.cancers)])
+        raise UsageError(missing, "is missing", f"This site joined as: cropkt-client {line}")
+    for where, name in ((config, here.config.site), (state / "enrolment.json", enrolment.site)):
+        if name != site:
+            raise ConfigError(where, f"its site is {name}, not {site}", f"Give --site {name}")
+    own = set(here.config.cancers)
+    if asked != own:
+        fix = f"Give {' '.join(f'--cancer {c}' for c in sorted(own))}, or change its cancers"
+        problem = f"it serves {_list(own)}, the command line says {_list(asked)}"
+        raise ConfigError(config, problem, fix)
+    if not asked <= set(enrolment.cancers):
+        extra = _list(asked - set(enrolment.cancers))
+        problem = f"this site is not enrolled for {extra}, only for {_list(enrolment.cancers)}"
+        raise ConfigError(config, problem, "Ask the coordinator for an invite with all its cancers")
+    try:
+        coordinator = Coordinator(enrolment.host, (state / "ca.pem").read_bytes())
+    except (OSError, ValueError):
+        raise ConfigError(state / "ca.pem", "missing or damaged", "Enrol again") from None
+    return Place(
+        config=config, state=state, device=device, enrolment=enrolment, coordinator=coordinator
+    )
+
+
+def _list(cancers: Iterable[str]) -> str:
+    return " ".join(sorted(cancers))
+
+
+def _state(config: Path) -> Path:
+    from cropkt_client.site import Site
+
+    return Site.load(config.resolve()).state.resolve()
+
+
+def _detach(place: Place, arguments: list[str]) -> None:
+    """Start this same command in the background, and say whether it came up."""
+    from cropkt.errors import UsageError
+    from cropkt_client.enrol import UnavailableError
+    from cropkt_client.log import LOG_NAME
+    from cropkt_client.supernode import check, running
+
+    if (pid := running(place.state)) is not None:
+        problem = f"another client (process {pid}) works with this state folder"
+        raise UsageError(place.state, problem, "Stop it with cropkt-client stop")
+    try:  # what stands in the way is said here, where somebody reads it
+        check(place.coordinator.hello(), place.enrolment)
+    except UnavailableError as error:
+        typer.secho(f"cropkt-client: {error} It will keep trying", fg="yellow", err=True)
+    command = ["from cropkt_client.cli import main; main()"]
+    command += [argument for argument in arguments if argument != "--detach"]
+    nothing = subprocess.DEVNULL
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", *command],
+        stdin=nothing,
+        stdout=nothing,
+        stderr=nothing,
+        start_new_session=True,  # closing the terminal must not end it
+    )
+    log = place.state / LOG_NAME
+    while running(place.state) != child.pid:
+        if (code := child.poll()) is not None:
+            typer.secho(f"cropkt-client: it ended with code {code}; see {log}", fg="red", err=True)
+            raise typer.Exit(code)
+        time.sleep(0.1)
+    typer.echo(f"serving in the background: process {child.pid}, log {log}")
+
+
+def _in_words(enrolled: Enrolment | None, pid: int | None, told: State | None) -> Iterator[str]:
+    """Yield the lines of `status`."""
+    if enrolled is None:
+        yield "not enrolled"
+    else:
+        cancers = _list(enrolled.cancers)
+        yield f"enrolled as {enrolled.site} ({cancers}) in {enrolled.study} at {enrolled.host}"
+    if pid is None:
+        yield "the study is closed" if told and told.closed else "not running"
+    else:
+        yield f"running, process {pid}" + (f", since {_ago(told.since)}" if told else "")
+    if pid and told:
+        word = "connected" if told.connected else "no answer from the coordinator"
+        yield f"{word} since {_ago(told.connected_since)}"
+        if told.task:
+            yield f"at work on {told.task} since {_ago(told.task_since)}"
+        else:
+            yield f"no task at work, {told.tasks_done} done"
+    if told and told.error:
+        yield f"last error, {_ago(told.error_at)}: {told.error}"
+
+
+def _ago(when: float | None) -> str:
+    when = when or time.time()
+    minutes = int(max(0.0, time.time() - when) // 60)
+    span = f"{minutes // 1440} d {minutes // 60 % 24} h {minutes % 60} min"
+    while span.startswith("0 ") and " " in span[2:].strip() and not span.startswith("0 min"):
+        span = span.split(" ", 2)[2]
+    return f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(when))} ({span})"
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn what went wrong into one line and an exit code."""
+    from cropkt.errors import CropktError
+
+    try:
+        yield
+    except CropktError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}.", 74)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command to go on", 130)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    typer.secho(f"cropkt-client: {' '.join(text.split())}", fg="red", err=True)
+    raise typer.Exit(code) from None
+
+
+def main() -> None:
+    """Entry point of the `cropkt-client` command."""
+    app()

@@ -1,0 +1,385 @@
+"""The process that serves a study, and the stock `flower-supernode` that it keeps running.
+
+The SuperNode, a child, holds the one connection to the coordinator. It runs no code of an app:
+with `--isolation process` it only keeps messages for our executor, which reaches it on a loopback
+port with a secret that both read from a file of this user. Beside it this process asks the
+coordinator for a hello now and then: to know whether it answers, and when the study is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from cropkt.bundle import bundle_hash
+from cropkt.errors import ConfigError, CropktError, UsageError
+from cropkt.files import write_atomically
+from cropkt_client.enrol import (
+    MAX_SKEW,
+    Coordinator,
+    Enrolment,
+    Hello,
+    UnavailableError,
+    VersionMismatchError,
+    check_versions,
+    skew,
+)
+from cropkt_client.log import Status, open_log
+from cropkt_client.worker import Child, Worker, wear_leash
+
+if TYPE_CHECKING:
+    from cropkt_client.executor import Executor
+
+TICK, POLL, POLL_LOST = 0.5, 60.0, 10.0  # seconds: a look around, a hello, a hello while cut off
+FIRST_WAIT, LONGEST_WAIT = 2.0, 15.0  # seconds between starts
+STEADY = 60.0  # seconds of running after which a start counts as good
+SESSION = 90.0  # seconds in which the coordinator forgets a session that broke off
+_START = "from cropkt_client.supernode import main; main()"
+
+log = logging.getLogger("cropkt.client")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What a client needs to know before it serves."""
+
+    config: Path  # absolute path of site.yaml
+    state: Path
+    device: str  # auto, cuda[:i], cpu or mps
+    enrolment: Enrolment
+    coordinator: Coordinator
+
+
+def serve(place: Place) -> None:
+    """Serve until the study is closed.
+
+    Raises:
+        CropktError: this site cannot serve; says why.
+        KeyboardInterrupt: it was interrupted; SystemExit(143) for SIGTERM.
+    """
+    with locked(place.state), _terminable():
+        open_log(place.state, terminal=True)
+        settle_environment(place.state)
+        status = Status(place.state, site=place.enrolment.site, study=place.enrolment.study)
+        try:
+            if not _first_hello(place, status).closed:
+                _serve(place, status)
+        except CropktError as error:
+            log.error("%s", error)
+            status.failed(str(error))
+            raise
+        status.closed()
+        log.info("the study is closed")
+
+
+def _serve(place: Place, status: Status) -> None:
+    from cropkt_client.executor import Executor  # Flower loads here, in a settled environment
+
+    node = SuperNode(
+        host=place.enrolment.host,
+        state=place.state,
+        node_config={"config": str(place.config)},
+        report=status.failed,
+    )
+    executor = Executor(
+        address=lambda: node.address,
+        secret=node.secret,
+        worker=Worker("cropkt_client.executor:run_app", {"CROPKT_DEVICE": place.device}),
+        bundle=bundle_hash(),
+        site=place.enrolment.site,
+        status=status,
+    )
+    try:
+        executor.start()
+        _watch(place, status, node, executor)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # ending must not be cut off half-way
+        executor.stop()
+        node.stop()
+
+
+def _first_hello(place: Place, status: Status) -> Hello:
+    """Return the coordinator's hello, however long it takes to answer."""
+    while True:
+        try:
+            hello = place.coordinator.hello()
+            break
+        except UnavailableError as error:
+            if status.state.error != str(error):
+                log.warning("%s Trying on", error)
+            status.failed(str(error))
+            time.sleep(POLL_LOST)
+    check(hello, place.enrolment)
+    status.connected(True)
+    log.info("%s serves study %s at %s", *(status.state.site, hello.study, place.enrolment.host))
+    ahead = skew(hello)
+    if abs(ahead) > MAX_SKEW:
+        text = f"this clock is {ahead:+.0f} s from the coordinator's; set both by NTP"
+        log.warning("%s", text)
+        status.failed(text)
+    return hello
+
+
+def check(hello: Hello, enrolment: Enrolment) -> None:
+    """Compare a hello with what this site has installed and joined.
+
+    Raises:
+        VersionMismatchError: the versions do not go together.
+        ConfigError: it is another study's coordinator.
+    """
+    check_versions(hello)
+    if hello.study != enrolment.study:
+        problem = f"this is the coordinator of study {hello.study}, not of {enrolment.study}"
+        raise ConfigError(enrolment.host, problem, "Enrol with an invite to that study")
+
+
+def _watch(place: Place, status: Status, node: SuperNode, executor: Executor) -> None:
+    """Keep the SuperNode running until the study is closed and no task is at work."""
+    due, over, why = time.monotonic() + POLL, False, None
+    while not (over and executor.stop_when_idle()):
+        node.tend()
+        time.sleep(TICK)
+        if over or time.monotonic() < due:
+            continue
+        try:
+            hello = place.coordinator.hello()
+            if status.connected(True):
+                log.info("the coordinator answers again")
+            over = hello.closed
+            check(hello, place.enrolment)
+        except (VersionMismatchError, ConfigError) as error:
+            over, why = True, error  # what is at work may still be answered
+        except CropktError as error:
+            if status.connected(False):
+                log.warning("%s Trying on", error)
+            status.failed(str(error))
+        due = time.monotonic() + (POLL if status.state.connected else POLL_LOST)
+    if why is not None:
+        raise why
+
+
+@contextlib.contextmanager
+def locked(state: Path) -> Iterator[None]:
+    """Hold a state folder, for one client at a time; the kernel lets go when the client dies.
+
+    Raises:
+        UsageError: another client holds it.
+    """
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(state / "client.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        for attempt in range(5):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)  # a passing `status` holds it for a moment
+        else:
+            problem = f"another client (process {running(state)}) works with this state folder"
+            raise UsageError(state, problem, "Stop it with cropkt-client stop")
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def running(state: Path) -> int | None:
+    """Return the process id of the client that holds a state folder, or None."""
+    try:
+        descriptor = os.open(state / "client.lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return int(os.read(descriptor, 20) or b"0") or None
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, with exit code 143."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class SuperNode:
+    """Keeps one SuperNode running; `tend` has to be called about once a second.
+
+    Args:
+        host: the coordinator's host:port.
+        state: the site's state folder, with `ca.pem` and `keys/node.key`.
+        node_config: what the ClientApp finds in its context.
+        report: takes what went wrong, in one line.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        state: Path,
+        node_config: Mapping[str, str],
+        report: Callable[[str], None],
+    ) -> None:
+        self._host, self._state, self._report = host, state, report
+        self._node_config = " ".join(f"{key}={_quoted(v)}" for key, v in node_config.items())
+        self.secret = secrets.token_bytes(32)
+        self._secret_file = state / "flower" / "executor.secret"
+        write_atomically(self._secret_file, lambda file: file.write(self.secret), mode=0o600)
+        self._child: Child | None = None
+        self._address: str | None = None
+        self._started = self._due = 0.0
+        self._wait = FIRST_WAIT
+        self._refused_since: float | None = None
+
+    @property
+    def address(self) -> str | None:
+        """Where the loopback API of the running SuperNode is, or None."""
+        return self._address
+
+    @property
+    def pid(self) -> int | None:
+        """The SuperNode's process id, while it runs."""
+        return self._child.process.pid if self._child else None
+
+    def tend(self) -> None:
+        """Start the SuperNode if it is due, or find out why it ended."""
+        now = time.monotonic()
+        if self._child is None:
+            if now >= self._due:
+                self._start(now)
+        elif not self._child.alive:
+            self._ended(now)
+
+    def stop(self) -> None:
+        """End it politely: the coordinator then accepts the next one at once."""
+        self._address = None
+        if self._child:
+            self._child.end(grace=10.0)
+            self._child = None
+
+    def _start(self, now: float) -> None:
+        port = free_port()  # chosen anew each time: another process may have taken it
+        command = [
+            *("--superlink", self._host),
+            *("--root-certificates", str(self._state / "ca.pem")),
+            *("--auth-supernode-private-key", str(self._state / "keys" / "node.key")),
+            *("--isolation", "process"),
+            *("--superexec-auth-secret-file", str(self._secret_file)),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--node-config", self._node_config),
+        ]
+        self._child = Child.start([_START, *command], name="cropkt.supernode", environment={})
+        self._address, self._started = f"127.0.0.1:{port}", now
+
+    def _ended(self, now: float) -> None:
+        """Clear away a SuperNode that ended, say why, and plan the next start."""
+        child, self._child, self._address = self._child, None, None
+        if child is None:
+            return
+        child.end()
+        words = " ".join(child.output.tail)
+        if now - self._started > STEADY:
+            self._wait, self._refused_since = FIRST_WAIT, None
+        if "[code: 2004]" in words:
+            self._refused(now)
+        else:
+            self._refused_since = None
+            cause = _cause(words, child.process.returncode)
+            log.warning("the connection process ended: %s", cause)
+            self._report(cause)
+        self._due = now + self._wait
+        self._wait = min(self._wait * 2, LONGEST_WAIT)
+
+    def _refused(self, now: float) -> None:
+        """Wait quietly until the old session has expired; it takes longer if we were cut off."""
+        if self._refused_since is None:
+            self._refused_since = now
+            log.info("the coordinator still holds this site's last session; waiting for its end")
+        elif now - self._refused_since > SESSION:
+            self._refused_since = now
+            cause = (
+                "the coordinator does not accept this site: it was revoked, or another client "
+                "with the same keys is connected"
+            )
+            log.error("%s", cause)
+            self._report(cause)
+
+
+def _cause(words: str, code: int) -> str:
+    """Return in one line why a SuperNode ended, of what it wrote last."""
+    lowered = words.lower()
+    if "certificate" in lowered or "ssl" in lowered:
+        return "the coordinator's certificate is not trusted; see the log"
+    if "address already in use" in lowered:
+        return "its loopback port was taken; another one is tried"
+    if "[code: 1008]" in words or "401" in words:
+        return "the coordinator does not know this site's key, or the clocks differ by minutes"
+    return f"it ended with code {code}; see the log"
+
+
+def _quoted(value: str) -> str:
+    """Return a value as Flower's --node-config wants it, which knows no escapes.
+
+    Raises:
+        ConfigError: the value holds both kinds of quotation mark, or a line break.
+    """
+    for mark in ("'", '"'):
+        # Between double quotes a backslash would begin an escape; Flower reads them as TOML.
+        if mark not in value and "\n" not in value and (mark == "'" or "\\" not in value):
+            return f"{mark}{value}{mark}"
+    raise ConfigError(value, "Flower cannot carry this path", "Use one without quotation marks")
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def settle_environment(state: Path) -> None:
+    """Set what Flower reads from the environment, here and in the children; before its import.
+
+    It then tells nobody that it runs, writes into the state folder only, and no proxy catches
+    what goes to our own SuperNode.
+    """
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+    os.environ["FLWR_HOME"] = str(state / "flower")
+    # Lower case wins where both are set, so both have to say it.
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    names = dict.fromkeys([*filter(None, known.split(",")), "127.0.0.1", "localhost"])
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(names)
+
+
+def main() -> None:
+    """Run the installed `flower-supernode` in the child, with the child's arguments."""
+    wear_leash()
+    (script,) = entry_points(group="console_scripts", name="flower-supernode")
+    sys.argv[0] = script.name
+    script.load()()

@@ -1,0 +1,154 @@
+"""Each message's task on a real small site, from describe to release."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cropkt.cancers import Cancer
+from cropkt.config import PUBLISHED, StudyConfig
+from cropkt.errors import MessageError
+from cropkt.messages import (
+    DescribeRequest,
+    ExpertReply,
+    ExpertRequest,
+    ReleaseReply,
+    ReleaseRequest,
+    RouterRequest,
+    TransferReply,
+    TransferRequest,
+    pack,
+)
+from cropkt_client import tasks
+from cropkt_client.site import Site
+
+UVM, SKCM, KIPAN = Cancer.UVM, Cancer.SKCM, Cancer.KIPAN
+
+
+def expert(site: Site, study: StudyConfig, cancer: Cancer, **options: object) -> ExpertReply:
+    request = ExpertRequest(task="t", study=study, cancer=cancer, **options)  # type: ignore[arg-type]
+    return tasks.fit_expert(request, site)
+
+
+@pytest.fixture
+def sources(
+    make_site: Callable[..., Site], study: StudyConfig
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """Experts of two other cancers with the same planted truth."""
+    replies = [expert(make_site(c, seed=i + 1), study, c) for i, c in enumerate((KIPAN, SKCM))]
+    return np.concatenate([reply.weights for reply in replies])
+
+
+def whole(
+    site: Site, study: StudyConfig, sources: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+) -> tuple[TransferReply, ReleaseReply]:
+    """Take a site through every task of one study."""
+    expert(site, study, UVM)
+    scores = tasks.score_sources(
+        TransferRequest(task="t", study=study, cancer=UVM, sources=(KIPAN, SKCM), weights=sources),
+        site,
+    )
+    tasks.fit_router(
+        RouterRequest(task="t", study=study, cancer=UVM, sources=(KIPAN, SKCM), weights=sources),
+        site,
+    )
+    return scores, tasks.release(ReleaseRequest(task="t", study=study, cancer=UVM), site)
+
+
+def test_describe_counts_and_checks(make_site: Callable[..., Site], study: StudyConfig) -> None:
+    reply = tasks.describe(DescribeRequest(task="t", study=study), make_site())
+    (count,) = reply.cohorts
+    assert (count.cancer, count.patients, count.dim) == (UVM, 48, 6)
+    assert 10 < count.events < 48
+    assert reply.versions["cropkt"]
+
+
+def test_an_expert_learns_and_only_one_leaves(
+    make_site: Callable[..., Site], study: StudyConfig
+) -> None:
+    reply = expert(make_site(), study, UVM)
+    assert reply.weights.shape[0] == 1
+    assert reply.score.c_index is not None
+    assert reply.score.c_index > 0.65
+    again = expert(make_site(SKCM, seed=0), study, SKCM)
+    assert reply.weights.shape == again.weights.shape
+
+
+def test_a_shared_cancer_gives_its_fold_models_too(
+    make_site: Callable[..., Site], study: StudyConfig
+) -> None:
+    site = make_site()
+    reply = expert(site, study, UVM, shared=True)
+    assert reply.weights.shape[0] == 1 + 3 + 3
+    following = expert(site, study, UVM, shared=True, round=1, weights=reply.weights)
+    assert not np.array_equal(following.weights, reply.weights)
+
+
+@pytest.mark.parametrize("variant", ["plain", "standardised", "hospital", "published"])
+def test_a_whole_study_of_one_site(
+    make_site: Callable[..., Site],
+    study: StudyConfig,
+    sources: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+    variant: str,
+) -> None:
+    if variant == "standardised":
+        study = replace(study, training=replace(study.training, standardise="site"))
+    elif variant == "hospital":
+        study = replace(study, split="hospital")
+    elif variant == "published":
+        router = replace(PUBLISHED.router, epochs=2)
+        study = replace(study, source="fold_0", router=router)
+    scores, release = whole(make_site(), study, sources)
+    assert len(scores.scores) == 2
+    assert len(scores.training_scores) == 3
+    assert all(score.c_index is not None and score.c_index > 0.6 for score in scores.scores)
+    assert set(release.arms) == {"local", "zero_shot", "roupkt"}
+    zero_shot = release.arms["zero_shot"]
+    assert zero_shot.c_index is not None
+    assert zero_shot.c_index > 0.6
+    assert zero_shot.low is not None
+    assert zero_shot.gain is not None
+    assert set(release.routing) == {UVM, KIPAN, SKCM}
+    if variant != "published":  # there the weights of the top k are not renormalised
+        assert sum(release.routing.values()) == pytest.approx(1)
+    assert sum(release.zero_shot_choice.values()) == 3
+
+
+def test_the_same_study_gives_the_same_numbers(
+    make_site: Callable[..., Site],
+    study: StudyConfig,
+    sources: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+) -> None:
+    site = make_site()
+    first, second = whole(site, study, sources)[1], whole(site, study, sources)[1]
+    assert replace(first, seconds=0) == replace(second, seconds=0)
+
+
+def test_weights_of_another_shape_are_refused(
+    make_site: Callable[..., Site], study: StudyConfig
+) -> None:
+    site = make_site()
+    with pytest.raises(MessageError, match=r"shape \(1, 7\), expected"):
+        expert(site, study, UVM, weights=np.zeros((1, 7), dtype=np.float32))
+
+
+def test_release_before_a_router_is_refused(
+    make_site: Callable[..., Site], study: StudyConfig
+) -> None:
+    with pytest.raises(MessageError, match="no router here yet"):
+        tasks.release(ReleaseRequest(task="t", study=study, cancer=UVM), make_site())
+
+
+def test_replies_never_hold_an_id(
+    make_site: Callable[..., Site],
+    study: StudyConfig,
+    sources: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+) -> None:
+    site = make_site()
+    for reply in whole(site, study, sources):
+        text, arrays = pack(reply)
+        assert "SECRETPATIENT" not in text
+        assert not arrays
