@@ -59,7 +59,21 @@ MERGED_STUDIES: dict[str, Cancer] = {
 COMMON_CANCERS: frozenset[Cancer] = frozenset(
     map(
         Cancer,
-        "BLCA BRCA CESC COADREAD GBMLGG HNSC KIPAN LIHC LUNG SARC SKCM STES UCEC".split(),
+        [
+            "BLCA",
+            "BRCA",
+            "CESC",
+            "COADREAD",
+            "GBMLGG",
+            "HNSC",
+            "KIPAN",
+            "LIHC",
+            "LUNG",
+            "SARC",
+            "SKCM",
+            "STES",
+            "UCEC",
+        ],
     )
 )
 """The 13 cancers with at least 200 patients and 5 % events; the other 13 are the rare set."""

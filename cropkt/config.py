@@ -16,9 +16,9 @@ from pydantic.dataclasses import dataclass
 
 from cropkt.errors import ConfigError
 
-
 _STRICT = ConfigDict(extra="forbid")
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Endpoint = Literal["OS", "DSS", "PFI", "DFI"]
 Loss = Literal["log_space", "clamped"]
@@ -41,7 +41,7 @@ class OptimiserConfig:
     epochs: Count = 20
     minimum_updates: Annotated[int, Field(ge=0)] = 0  # a small cohort trains more epochs
     learning_rate: Positive = 1e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    weight_decay: NotNegative = 1e-5
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
     batch: Count = 16  # patients an update
     drop_last: bool = False  # True as published: an epoch's incomplete last update is left out
@@ -64,8 +64,8 @@ class RouterConfig(OptimiserConfig):
     top_k: Count = 5
     renormalise: bool = True  # gates of the chosen experts sum to 1; False as published
     balance: Literal["batch", "patient"] = "batch"  # `patient` as published
-    balance_weight: Annotated[float, Field(ge=0)] = 0.01
-    z_weight: Annotated[float, Field(ge=0)] = 0.01
+    balance_weight: NotNegative = 0.01
+    z_weight: NotNegative = 0.01
     self_features: Literal["out_of_fold", "in_sample"] = "out_of_fold"  # `in_sample` as published
     prior: Literal["transfer", "none"] = "transfer"  # gates start at the measured transfer
     prior_strength: Annotated[float, Field(ge=0, le=1000)] = 30.0  # logits a unit of C-index
@@ -120,7 +120,7 @@ def parse_study(values: dict[str, Any], where: str) -> StudyConfig:
         return TypeAdapter(StudyConfig).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"])) or "the study"
         raise ConfigError(where, f"{key}: {first['msg']}", f"Correct {key}") from None
 
 

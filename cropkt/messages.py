@@ -13,7 +13,7 @@ import json
 from dataclasses import field, fields
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from cropkt.config import StudyConfig
 from cropkt.errors import MessageError
 from cropkt.files import write_atomically
 
-PROTOCOL = 1
+PROTOCOL: Literal[1] = 1
 MAX_TEXT = 1 << 20  # characters of one message's JSON
 MAX_WEIGHTS = 1 << 29  # float32 values of one message's arrays, 2 GiB
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -34,6 +34,7 @@ Weights = NDArray[np.float32]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 TaskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
+Package = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.+_-]{1,64}$")]
 Patients = Annotated[int, Field(ge=0, le=10_000_000)]
 Seconds = Annotated[float, Field(ge=0, le=1e8)]
@@ -103,7 +104,7 @@ class DescribeReply(Message):
     site: SiteName
     cohorts: tuple[CohortCount, ...]
     encoder: Annotated[str, StringConstraints(max_length=100)] = ""
-    versions: dict[str, Version] = field(default_factory=dict)
+    versions: dict[Package, Version] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -230,6 +231,13 @@ REPLIES: tuple[type[Message], ...] = (
     Failure,
 )
 _CLASSES = {kind.__name__: kind for kind in REQUESTS + REPLIES}
+_NAMES = {kind: frozenset(item.name for item in fields(kind)) for kind in REQUESTS + REPLIES}
+_ARRAYS = {
+    kind: frozenset(
+        n for n, hint in get_type_hints(kind).items() if hint in (Weights, Weights | None)
+    )
+    for kind in REQUESTS + REPLIES
+}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {}
 
 
@@ -258,7 +266,9 @@ def pack(message: Message) -> tuple[str, dict[str, Weights]]:
     }
 
 
-def unpack(text: str, arrays: dict[str, Weights], *, expected: tuple[type[Message], ...]) -> Message:
+def unpack(
+    text: str, arrays: dict[str, Weights], *, expected: tuple[type[Message], ...]
+) -> Message:
     """Return the message that `pack` made, checked.
 
     Args:
@@ -279,15 +289,19 @@ def unpack(text: str, arrays: dict[str, Weights], *, expected: tuple[type[Messag
         raise MessageError("message", "not a cropkt message") from None
     if kind not in expected:
         raise MessageError("message", f"{kind.__name__} is not expected here")
-    if set(shapes) != set(arrays) or set(shapes) & set(values):
+    if set(shapes) != set(arrays) or set(shapes) & set(values) or set(shapes) - _ARRAYS[kind]:
         raise MessageError(kind.__name__, "its arrays are not those it declares")
+    if sum(array.size for array in arrays.values()) > MAX_WEIGHTS:
+        raise MessageError(kind.__name__, f"its arrays hold more than {MAX_WEIGHTS} values")
     for field_name, array in arrays.items():
         values[field_name] = _shaped(array, shapes[field_name], f"{kind.__name__}.{field_name}")
     try:
         message = _adapter(kind).validate_python(values)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"][:1])
-        raise MessageError(kind.__name__, f"field {where} is not as agreed") from None
+        where = next(iter(error.errors()[0]["loc"]), None)
+        # A key that the class does not know is the sender's text, and is not repeated.
+        which = f"field {where} is not as agreed" if where in _NAMES[kind] else "an unknown field"
+        raise MessageError(kind.__name__, which) from None
     return message  # type: ignore[no-any-return]
 
 
@@ -303,10 +317,17 @@ def load(path: Path, *, expected: tuple[type[Message], ...]) -> Message:
 
     Raises:
         MessageError: the file holds anything else.
+        FileNotFoundError: there is none.
     """
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files if name != "text"}
-        return unpack(str(stored["text"]), arrays, expected=expected)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files if name != "text"}
+            text = str(stored["text"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever zip or npy makes of a damaged file
+        raise MessageError(path, f"holds no message ({type(error).__name__})") from None
+    return unpack(text, arrays, expected=expected)
 
 
 def _shaped(array: Weights, shape: Any, where: str) -> Weights:

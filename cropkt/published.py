@@ -10,7 +10,6 @@ refused by name.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -112,18 +111,21 @@ def load_router(path: str | Path, *, top_k: int = 5) -> PublishedRouter:
     tensors = _read(path)
     if "router.weight" not in tensors:
         raise ArtifactError(path, "tensor router.weight is missing", "Give a ROUPKT checkpoint")
-    experts = len(tensors["router.weight"])
-    module = Roupkt(_shape(tensors, path), experts=experts, own_heads=False)
+    experts = _rows(tensors, "router.weight", path)
+    shape = _shape(tensors, path)
+    module = Roupkt(shape, experts=experts, own_heads=False)
     known: dict[str, Tensor | None] = {name: tensors.pop(name, None) for name in _ATTENTION}
     known["router.weight"] = tensors.pop("router.weight")
-    for kind, name in (("weight", "adapter"), ("bias", "adapter_bias")):
-        rows = [tensors.pop(f"experts.{i}.0.{kind}", None) for i in range(experts)]
-        missing = [i for i, row in enumerate(rows) if row is None]
-        if missing:
-            raise ArtifactError(
-                path, f"tensor experts.{missing[0]}.0.{kind} is missing", "Use a whole checkpoint"
-            )
-        known[name] = torch.stack([row for row in rows if row is not None])
+    square = (shape.embed, shape.embed)
+    for kind, name, want in (
+        ("weight", "adapter", square),
+        ("bias", "adapter_bias", square[:1]),
+    ):
+        rows = [
+            _whole(tensors.pop(one, None), one, want, path)
+            for one in (f"experts.{i}.0.{kind}" for i in range(experts))
+        ]
+        known[name] = torch.stack(rows)
     _fill(module, known, tensors, path)
     return PublishedRouter(module.requires_grad_(False), top_k=top_k)
 
@@ -133,7 +135,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ArtifactError(path, "no such file", "Give the path of a checkpoint") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle can raise any of Python's errors
         raise ArtifactError(
             path, f"not a readable checkpoint ({type(error).__name__})", "Use the file as published"
         ) from None
@@ -150,13 +152,31 @@ def _shape(tensors: dict[str, Tensor], path: Path) -> ExpertShape:
         return ExpertShape(
             dim=dim,
             embed=embed,
-            attention=tensors["attention_net.attention_a.0.weight"].shape[0],
-            bins=tensors["pred_head.weight"].shape[0],
+            attention=_rows(tensors, "attention_net.attention_a.0.weight", path),
+            bins=_rows(tensors, "pred_head.weight", path),
         )
     except KeyError as error:
-        raise ArtifactError(path, f"tensor {error.args[0]} is missing", "Give an ABMIL or ROUPKT checkpoint") from None
-    except ValueError as error:
-        raise ArtifactError(path, f"a tensor has the wrong shape ({error})", "Use the file as published") from None
+        raise ArtifactError(
+            path, f"tensor {error.args[0]} is missing", "Give an ABMIL or ROUPKT checkpoint"
+        ) from None
+    except ValueError:
+        raise ArtifactError(
+            path,
+            "its tensors feat_proj.0.weight, attention_net.attention_a.0.weight and "
+            "pred_head.weight give no usable widths",
+            "Use the file as published",
+        ) from None
+
+
+def _rows(tensors: dict[str, Tensor], name: str, path: Path) -> int:
+    """Return the rows of a matrix of the checkpoint."""
+    if tensors[name].ndim != 2 or not tensors[name].numel():
+        raise ArtifactError(
+            path,
+            f"tensor {name} has shape {tuple(tensors[name].shape)}, expected a matrix",
+            "Use the file as published",
+        )
+    return len(tensors[name])
 
 
 def _fill(
@@ -168,21 +188,31 @@ def _fill(
     parameters = dict(module.named_parameters())
     for name, tensor in known.items():
         target = parameters[_ATTENTION.get(name, "gate" if name == "router.weight" else name)]
-        if tensor is None:
-            raise ArtifactError(path, f"tensor {name} is missing", "Use a whole checkpoint")
-        if tensor.numel() != target.numel():
-            raise ArtifactError(
-                path,
-                f"tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape[1:])}",
-                "Use a checkpoint of one model",
-            )
-        target.data.copy_(tensor.view_as(target))
+        # One model of a stack: its leading ones are the stack's, but a score is a row anyway.
+        want = target.shape if name == "attention_net.attention_c.weight" else target[0].shape
+        if name.startswith("pred_head.") and isinstance(module, Roupkt):
+            want = want[1:]  # one head for all experts
+        target.data.copy_(_whole(tensor, name, tuple(want), path).view_as(target))
+
+
+def _whole(tensor: Tensor | None, name: str, want: tuple[int, ...], path: Path) -> Tensor:
+    """Return a tensor of the checkpoint that is there and has the shape it must have."""
+    if tensor is None:
+        raise ArtifactError(path, f"tensor {name} is missing", "Use a whole checkpoint")
+    if tuple(tensor.shape) != want:
+        raise ArtifactError(
+            path,
+            f"tensor {name} has shape {tuple(tensor.shape)}, expected {want}",
+            "Use a checkpoint of one model",
+        )
+    return tensor
 
 
 def _one(bag: Tensor, dim: int) -> PackedBags:
     if bag.ndim != 2 or bag.shape[1] != dim:
         raise BagShapeError(
-            "bag", f"has shape {tuple(bag.shape)}, expected (n_patches, {dim})",
+            "bag",
+            f"has shape {tuple(bag.shape)}, expected (n_patches, {dim})",
             "Extract with the encoder that the checkpoint was trained on",
         )
     return PackedBags.of([bag])

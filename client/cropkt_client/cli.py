@@ -29,10 +29,23 @@ if TYPE_CHECKING:
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
 LONGEST_STOP = 40.0  # seconds a client may take to stop
 
+_DEVICES = "auto, cuda[:i], cpu or mps  [default: auto]"
 Config = Annotated[Path | None, typer.Option(help="This site's settings  [default: site.yaml]")]
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="""Serve a study until the coordinator closes it.
+
+    \b
+    cropkt-client enrol INVITE
+    cropkt-client --site lumc --cancer UVM --cancer SKCM
+    cropkt-client --site lumc --cancer UVM --detach
+    cropkt-client status
+    """,
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -44,16 +57,9 @@ def client(
     ] = None,
     config: Config = None,
     detach: Annotated[bool, typer.Option("--detach", help="Serve in the background.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cuda[:i], cpu or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help=_DEVICES, show_default=False)] = "auto",
 ) -> None:
-    r"""Serve a study until the coordinator closes it.
-
-    \b
-    cropkt-client enrol INVITE
-    cropkt-client --site lumc --cancer UVM --cancer SKCM
-    cropkt-client --site lumc --cancer UVM --detach
-    cropkt-client status
-    """
+    """Serve a study until the coordinator closes it."""
     context.obj = config or Path("site.yaml")
     if context.invoked_subcommand:
         return

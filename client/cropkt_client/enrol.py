@@ -271,14 +271,17 @@ class Coordinator:
         raise self._refusal(response.status_code, bytes(content))
 
     def _refusal(self, status: int, content: bytes) -> CropktError:
-        problem = f"it answered with HTTP status {status}"
+        problem, code = f"it answered with HTTP status {status}", ""
         if status == 404 or status >= 500:
             return UnavailableError(self._host, problem, _NO_COORDINATOR)
         with suppress(ValueError, KeyError, TypeError):
-            told = str(json.loads(content)["message"])
-            shown = "".join(c if c.isprintable() else " " for c in told)[:300]
-            problem = f"the coordinator refuses: {shown.strip().rstrip('.')}"
-        return RefusedError(self._host, problem, "")
+            told = json.loads(content)
+            shown = "".join(c if c.isprintable() else " " for c in str(told["message"]))[:300]
+            problem, code = f"the coordinator refuses: {shown.strip().rstrip('.')}", told["code"]
+        if status == 429:
+            return UnavailableError(self._host, problem)
+        kind = VersionMismatchError if code == "version" else RefusedError
+        return kind(self._host, problem)
 
     def _understood(self, kind: type[Told], content: bytes) -> Told:
         try:

@@ -25,7 +25,7 @@ from cropkt.files import write_atomically
 LOG_NAME, STATUS_NAME = "cropkt-client.log", "status.json"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:?\s+(?=\S)")
+_LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b\s*:?\s*")
 
 log = logging.getLogger("cropkt.client")
 

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from cropkt_client.executor import Executor
 
 TICK, POLL, POLL_LOST = 0.5, 60.0, 10.0  # seconds: a look around, a hello, a hello while cut off
-FIRST_WAIT, LONGEST_WAIT = 2.0, 15.0  # seconds between starts
+FIRST_WAIT = 2.0  # seconds between starts, doubled each time ...
+LONGEST_WAIT = 60.0  # ... up to this,
+LONGEST_WAIT_FOR_SESSION = 15.0  # or this, where the end of the last session is in sight
 STEADY = 60.0  # seconds of running after which a start counts as good
 SESSION = 90.0  # seconds in which the coordinator forgets a session that broke off
 _START = "from cropkt_client.supernode import main; main()"
@@ -182,7 +184,7 @@ def locked(state: Path) -> Iterator[None]:
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(state / "client.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        for attempt in range(5):
+        for _ in range(5):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -311,8 +313,9 @@ class SuperNode:
             cause = _cause(words, child.process.returncode)
             log.warning("the connection process ended: %s", cause)
             self._report(cause)
-        self._due = now + self._wait
-        self._wait = min(self._wait * 2, LONGEST_WAIT)
+        limit = LONGEST_WAIT if self._refused_since is None else LONGEST_WAIT_FOR_SESSION
+        self._wait = min(self._wait, limit)
+        self._due, self._wait = now + self._wait, self._wait * 2
 
     def _refused(self, now: float) -> None:
         """Wait quietly until the old session has expired; it takes longer if we were cut off."""
@@ -336,8 +339,8 @@ def _cause(words: str, code: int) -> str:
         return "the coordinator's certificate is not trusted; see the log"
     if "address already in use" in lowered:
         return "its loopback port was taken; another one is tried"
-    if "[code: 1008]" in words or "401" in words:
-        return "the coordinator does not know this site's key, or the clocks differ by minutes"
+    if code == 0:  # what HTTP 401 makes of a SuperNode; nobody else asked it to end
+        return "the coordinator lets this site in no more: revoked, or the clocks differ by minutes"
     return f"it ended with code {code}; see the log"
 
 

@@ -27,6 +27,7 @@ from cropkt.errors import TrainingFailedError
 from cropkt_client.log import Carried, carry_over
 
 _START = "from cropkt_client.worker import main; main()"
+log = logging.getLogger("cropkt.client")
 _FIX = "Look at the end of this site's log, and at the memory of this machine"
 
 
@@ -238,8 +239,6 @@ def main() -> None:
 
 def log_frames(error: Exception) -> None:
     """Log where an error came from, without its text: that may hold a patient's name."""
-    frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-    logging.getLogger("cropkt.client").error(
-        "%s raised; its text is left out", type(error).__name__
-    )
-    logging.getLogger("cropkt.client").error("%s", frames)
+    frames = traceback.extract_tb(error.__traceback__)
+    way = " > ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames)
+    log.error("%s raised in %s; its text is left out", type(error).__name__, way)

@@ -92,9 +92,7 @@ class Abmil(Attention):
     """F discrete-time survival experts of one shape."""
 
     def __init__(self, shape: ExpertShape, *, models: int = 1) -> None:
-        super().__init__(
-            models=models, dim=shape.dim, embed=shape.embed, attention=shape.attention
-        )
+        super().__init__(models=models, dim=shape.dim, embed=shape.embed, attention=shape.attention)
         self.shape = shape
         self.head = nn.Parameter(torch.empty(models, shape.bins, shape.embed))
         self.head_bias = nn.Parameter(torch.empty(models, shape.bins))

@@ -108,7 +108,8 @@ def fit(
             schedule.step()
         if not torch.isfinite(loss):
             raise TrainingFailedError(
-                "training", f"the loss is {loss.item()} after epoch {epoch + 1}",
+                "training",
+                f"the loss is {loss.item()} after epoch {epoch + 1}",
                 "Lower training.learning_rate, or check the features for extreme values",
             )
         if on_epoch:
@@ -150,9 +151,7 @@ def train_experts(
     return initial.requires_grad_(False)
 
 
-def standardise_for(
-    experts: Abmil, cohort: Cohort, plan: Plan, config: TrainingConfig
-) -> Abmil:
+def standardise_for(experts: Abmil, cohort: Cohort, plan: Plan, config: TrainingConfig) -> Abmil:
     """Let each expert read features in units of the patients it may learn from; return them."""
     if config.standardise == "site":
         experts.standardise(*moments(cohort, plan))
@@ -178,6 +177,7 @@ def moments(cohort: Cohort, plan: Plan) -> tuple[Tensor, Tensor]:
             [torch.ones(cohort.dim), patches.sum(0), patches.square().sum(0)]
         ) * torch.tensor([[len(patches)], [1], [1]])
     count, total, squares = torch.from_numpy(plan.learns()).double() @ sums
+    count = count.clamp(min=1)  # a model may learn from nobody: of two folds, both left out
     mean = total / count
     deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
     constant = deviation < 1e-6 * (1 + mean.abs())  # scaling a constant would blow up noise

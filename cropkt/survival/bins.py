@@ -16,4 +16,5 @@ def time_bins(
     days: NDArray[np.floating], *, bins: int = BINS, width: int = BIN_DAYS
 ) -> NDArray[np.int64]:
     """Return the bin of each time. `days` (n,), positive; the result (n,) lies in [0, bins)."""
-    return np.minimum(days // width, bins - 1).astype(np.int64)
+    bin_of: NDArray[np.int64] = np.minimum(days // width, bins - 1).astype(np.int64)
+    return bin_of

@@ -6,13 +6,11 @@ death. Shapes: leading dimensions are free (models, patients), the last one is T
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cropkt.config import Loss
-
 
 CLAMP = 1e-7  # the published floor under every probability
 

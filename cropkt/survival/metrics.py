@@ -41,9 +41,13 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The comparable pairs of a cohort: `earlier[i, j]` is True where i died before j's time."""
+    """The comparable pairs of a cohort of n patients, d of whom died.
 
-    earlier: NDArray[np.bool_]  # (n, n)
+    Only a death makes a pair comparable, so the matrices have a row for each death alone.
+    """
+
+    died: NDArray[np.int64]  # (d,) who died
+    earlier: NDArray[np.bool_]  # (d, n) True where row's death comes before column's time
 
     @classmethod
     def of(
@@ -53,12 +57,10 @@ class Pairs:
         groups: NDArray[np.integer] | None = None,
     ) -> Pairs:
         """Return the pairs of `days` (n,), `event` (n,), within `groups` (n,) where given."""
-        before = days[:, None] < days[None, :]
-        same_day = (days[:, None] == days[None, :]) & ~event[None, :]
-        earlier = event[:, None] & (before | same_day)
-        if groups is not None:
-            earlier &= groups[:, None] == groups[None, :]
-        return cls(earlier)
+        died = np.flatnonzero(event)
+        then = days[died, None]
+        pairs = cls(died, (then < days[None, :]) | ((then == days[None, :]) & ~event[None, :]))
+        return pairs if groups is None else pairs.inside(groups)
 
     @property
     def count(self) -> int:
@@ -67,13 +69,35 @@ class Pairs:
 
     def within(self, keep: NDArray[np.bool_]) -> Pairs:
         """Return the pairs whose both patients are kept; `keep` (n,)."""
-        return Pairs(self.earlier & keep[:, None] & keep[None, :])
+        kept = keep[self.died]
+        return Pairs(self.died[kept], self.earlier[kept] & keep[None, :])
+
+    def inside(self, groups: NDArray[np.integer]) -> Pairs:
+        """Return the pairs whose both patients are of the same group; `groups` (n,)."""
+        return Pairs(self.died, self.earlier & (groups[self.died, None] == groups[None, :]))
 
     def credit(self, risk: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Return the (n, n) credit of each pair: 1 concordant, one half tied, else 0."""
-        difference = risk[:, None].astype(np.float64) - risk[None, :]
-        credit = (difference > TIE) + 0.5 * (np.abs(difference) <= TIE)
-        return (credit * self.earlier).astype(np.float32)
+        """Return the (d, n) credit of each pair: 1 concordant, one half tied, else 0."""
+        difference = risk[self.died, None].astype(np.float64) - risk[None, :]
+        credit = (difference > TIE).astype(np.float32)
+        credit[np.abs(difference) <= TIE] = 0.5
+        credit *= self.earlier
+        return credit
+
+    def margins(self, matrix: NDArray[np.float32] | NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Return row sum plus column sum of each patient, (n,), of a (d, n) matrix."""
+        margins: NDArray[np.float64] = matrix.sum(0, dtype=np.float64)
+        margins[self.died] += matrix.sum(1, dtype=np.float64)
+        return margins
+
+    def weighted(
+        self, weights: NDArray[np.float32], matrix: NDArray[np.float32]
+    ) -> NDArray[np.float64]:
+        """Return the sum over pairs of w_i M_ij w_j, (r,), for patient weights (r, n)."""
+        product: NDArray[np.float64] = ((weights[:, self.died] @ matrix) * weights).sum(
+            1, dtype=np.float64
+        )
+        return product
 
 
 def concordance(
@@ -131,9 +155,9 @@ def bootstrap(
     n = risks.shape[1]
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates)
     weights = draws.astype(np.float32)
-    comparable = _weighted(weights, pairs.earlier.astype(np.float32))
+    comparable = pairs.weighted(weights, pairs.earlier.astype(np.float32))
     with np.errstate(invalid="ignore", divide="ignore"):
-        columns = [_weighted(weights, pairs.credit(risk)) / comparable for risk in risks]
+        columns = [pairs.weighted(weights, pairs.credit(risk)) / comparable for risk in risks]
     return np.stack(columns, axis=1)
 
 
@@ -161,7 +185,7 @@ def out_of_fold(
     bootstrap draws hold a comparable pair. Gains over the first arm are on the same draws.
     """
     whole = Pairs.of(days, event)
-    within = Pairs(whole.earlier & (folds[:, None] == folds[None, :]))
+    within = whole.inside(folds)
     names = list(risks)
     points = {name: concordance_of(within, risks[name]) for name in names}
     if within.count == 0:
@@ -198,16 +222,4 @@ def _influence(pairs: Pairs, risk: NDArray[np.floating]) -> tuple[float, NDArray
     total = pairs.count
     credit = pairs.credit(risk)
     c_index = float(credit.sum(dtype=np.float64) / total)
-    return c_index, (_margins(credit) - c_index * _margins(pairs.earlier)) / total
-
-
-def _margins(matrix: NDArray[np.float32] | NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return row sum plus column sum of each patient, (n,)."""
-    margins: NDArray[np.float64] = matrix.sum(0, dtype=np.float64) + matrix.sum(1, dtype=np.float64)
-    return margins
-
-
-def _weighted(weights: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return w M w for each row w of `weights` (r, n) and `matrix` (n, n), as (r,)."""
-    product: NDArray[np.float64] = ((weights @ matrix) * weights).sum(1, dtype=np.float64)
-    return product
+    return c_index, (pairs.margins(credit) - c_index * pairs.margins(pairs.earlier)) / total

@@ -103,8 +103,10 @@ class Roupkt(Attention):
         seen, _ = self(bags, dropout=dropout, generators=generators)  # (F, B, E)
         router_logits = seen @ self.gate.transpose(1, 2) + self.prior[:, None]  # (F, B, X)
         gates = router_logits.softmax(2)
-        chosen = gates.topk(min(config.top_k, gates.shape[2]), dim=2)
-        weights = torch.zeros_like(gates).scatter(2, chosen.indices, chosen.values)
+        # Sorted stably: of equal gates the first experts win, above all the target's own.
+        value, expert = gates.sort(dim=2, descending=True, stable=True)
+        top = slice(min(config.top_k, gates.shape[2]))
+        weights = torch.zeros_like(gates).scatter(2, expert[..., top], value[..., top])
         if config.renormalise:
             weights = weights / weights.sum(2, keepdim=True)
         adapted = expert_features @ self.adapter.transpose(2, 3)  # (F, X, B, E)
@@ -121,17 +123,20 @@ class Roupkt(Attention):
         )
 
 
-def balance_loss(gates: Tensor, *, over: str) -> Tensor:
+def balance_loss(gates: Tensor, *, over: str, learns: Tensor | None = None) -> Tensor:
     """Return the load-balance loss (..., B) or (...,) of gates (..., B, X).
 
     `patient`: the gate of the top expert, each patient alone (as published). `batch`: X times
-    the sum over experts of (share of patients it leads) x (mean gate), 1 when all are equal.
+    the sum over experts of (share of patients it leads) x (mean gate), 1 when all are equal;
+    over the patients that `learns` (..., B) names, so that a held-out patient takes no part.
     """
     if over == "patient":
         return gates.amax(-1)
     experts = gates.shape[-1]
-    leads = nn.functional.one_hot(gates.argmax(-1), experts).to(gates.dtype).mean(-2)
-    return experts * (leads * gates.mean(-2)).sum(-1)
+    leads = nn.functional.one_hot(gates.argmax(-1), experts).to(gates.dtype)
+    share = torch.ones_like(gates[..., 0]) if learns is None else learns.to(gates.dtype)
+    share = (share / share.sum(-1, keepdim=True).clamp(min=1))[..., None]  # (..., B, 1)
+    return experts * ((leads * share).sum(-2) * (gates * share).sum(-2)).sum(-1)
 
 
 def z_loss(router_logits: Tensor) -> Tensor:

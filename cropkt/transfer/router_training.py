@@ -71,10 +71,11 @@ class RouterStack:
                 out.logits, bins[chosen], event[chosen], alpha=training.alpha, loss=training.loss
             )  # (1 + K, B)
             losses = losses + config.z_weight * z_loss(out.router_logits)
-            balance = balance_loss(out.gates, over=config.balance)
+            mine = learns[:, chosen]
+            balance = balance_loss(out.gates, over=config.balance, learns=mine)
             if config.balance == "patient":
-                return masked_mean(losses + config.balance_weight * balance, learns[:, chosen])
-            return masked_mean(losses, learns[:, chosen]) + config.balance_weight * balance.sum()
+                return masked_mean(losses + config.balance_weight * balance, mine)
+            return masked_mean(losses, mine) + config.balance_weight * balance.sum()
 
         fit(
             self.module,

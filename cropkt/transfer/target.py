@@ -77,7 +77,7 @@ class Target:
 
         Only pairs within a fold count: two folds are judged by two models.
         """
-        within = Pairs(self.pairs.earlier & (self.folds[:, None] == self.folds[None, :]))
+        within = self.pairs.inside(self.folds)
         if view:
             within = within.within(self.folds != view - 1)
         return concordance_of(within, self.local_risk(view))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -33,6 +34,7 @@ CA_DAYS = 3650
 SERVER_DAYS = 825  # the longest that common TLS stacks accept
 EARLY = timedelta(hours=1)  # valid from before now: a site's clock may be behind
 
+_DNS_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
 
@@ -245,10 +247,9 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(host.lower())
-    except ValueError:
-        raise ConfigError("host", f"{host} is no name or address", "Give its ASCII form") from None
+    if not _DNS_NAME.fullmatch(host):
+        raise ConfigError("host", f"{host!r} is no name or address", "Give its ASCII form")
+    return x509.DNSName(host.lower())
 
 
 def _private_pem(key: _PrivateKey) -> bytes:
@@ -260,15 +261,17 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _certificate(path: Path) -> x509.Certificate:
+    content = _read(path)
     try:
-        return x509.load_pem_x509_certificate(_read(path))
+        return x509.load_pem_x509_certificate(content)
     except ValueError:
         raise ConfigError(path, "is not a certificate", "Restore it") from None
 
 
 def _private_key(path: Path) -> _PrivateKey:
+    content = _read(path)
     try:
-        key = load_pem_private_key(_read(path), password=None)
+        key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError):
         raise ConfigError(path, "is not a private key", "Restore it") from None
     if not isinstance(key, _PrivateKey):

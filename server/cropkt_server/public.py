@@ -8,6 +8,7 @@ the roster knows and that is not revoked; whether the caller owns that key, Flow
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
@@ -169,6 +170,8 @@ class Listener:
             app,
             lifespan="off",
             ws="none",
+            loop="asyncio",  # the same parts on every machine, whatever else is installed
+            http="h11",
             access_log=False,
             log_config=None,
             server_header=False,
@@ -177,7 +180,7 @@ class Listener:
             ssl_keyfile=str(keys.server_key),
             timeout_graceful_shutdown=STOP_WITHIN,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         # Outside the main thread uvicorn leaves the process's signal handlers alone.
         self._thread = threading.Thread(
             target=self._server.run, args=([self._socket],), name="cropkt-public", daemon=True
@@ -194,6 +197,28 @@ class Listener:
         self._server.should_exit = True
         self._thread.join(3 * STOP_WITHIN)
         self._socket.close()
+
+
+class _Server(uvicorn.Server):
+    """Ends without waiting for a farewell that an idle client never sends."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let calls under way finish; cut idle connections now and the rest when time is up."""
+        for connection in list(self.server_state.connections):
+            cycle = getattr(connection, "cycle", None)
+            if cycle is None or cycle.response_complete:
+                _abort(connection)
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            _abort(connection)
+        await asyncio.sleep(0.05)  # the event loop closes them
+
+
+def _abort(connection: object) -> None:
+    """Close a connection without TLS's farewell."""
+    transport = getattr(connection, "transport", None)
+    if transport is not None:
+        transport.abort()
 
 
 def _listening(host: str, port: int) -> socket.socket:

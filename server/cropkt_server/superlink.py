@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,6 +70,7 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 
 # The Runtime interface as plain functions.
 from flwr.superlink.servicer.runtime import runtime_handlers
+from sqlalchemy.exc import DatabaseError
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
@@ -100,7 +100,7 @@ class SuperLink:
         _, self._factory = get_objectstore_linkstate_factories(str(path), get_federation_manager())
         try:
             self._state = self._factory.state()
-        except sqlite3.DatabaseError as error:
+        except DatabaseError as error:
             fix = "Move it away: it is made anew from the roster"
             raise ConfigError(path, f"cannot be used ({type(error).__name__})", fix) from None
         self._listener: Listener | None = None
@@ -153,6 +153,11 @@ class SuperLink:
         door = PublicDoor(self._fleet(), enrolment, self)
         self._listener = Listener(door, enrolment.keys, host=host, port=port)
         return self._listener.port
+
+    @property
+    def port(self) -> int | None:
+        """The port on which sites are answered, while they are."""
+        return None if self._listener is None else self._listener.port
 
     def stop(self) -> None:
         """Stop listening, and leave no thread and no file open."""

@@ -79,9 +79,7 @@ def test_an_invite_says_where_and_who(enrolment: Enrolment, keys: Keys) -> None:
     assert (invite.site, invite.study) == ("A", "rare")
 
 
-def test_accepts_and_answers(
-    enrolment: Enrolment, request_of: dict[str, Any], keys: Keys
-) -> None:
+def test_accepts_and_answers(enrolment: Enrolment, request_of: dict[str, Any], keys: Keys) -> None:
     nodes = Nodes()
     answer = enrolment.accept(json.dumps(request_of).encode(), nodes)
     assert answer == {
