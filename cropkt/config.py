@@ -38,12 +38,14 @@ class ExpertShape:
 class OptimiserConfig:
     """AdamW with a linear warm-up and a cosine schedule."""
 
-    epochs: Count = 20
-    minimum_updates: Annotated[int, Field(ge=0)] = 0  # a small cohort trains more epochs
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 20
+    minimum_updates: Annotated[int, Field(ge=0, le=100_000)] = (
+        0  # a small cohort trains more epochs
+    )
     learning_rate: Positive = 1e-4
     weight_decay: NotNegative = 1e-5
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
-    batch: Count = 16  # patients an update
+    batch: Annotated[int, Field(ge=1, le=4096)] = 16  # patients an update
     drop_last: bool = False  # True as published: an epoch's incomplete last update is left out
 
 
@@ -62,6 +64,7 @@ class RouterConfig(OptimiserConfig):
     """How a target trains its router (ROUPKT)."""
 
     top_k: Count = 5
+    keep_own: bool = True  # the target's own expert is always heard; False as published
     renormalise: bool = True  # gates of the chosen experts sum to 1; False as published
     balance: Literal["batch", "patient"] = "batch"  # `patient` as published
     balance_weight: NotNegative = 0.01
@@ -78,7 +81,7 @@ class StudyConfig:
 
     endpoint: Endpoint = "DSS"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    folds: Annotated[int, Field(ge=2, le=10)] = 5
+    folds: Annotated[int, Field(ge=3, le=10)] = 5  # below 3 nothing is left to choose by
     split: Literal["stratified", "hospital"] = "stratified"
     rounds: Annotated[int, Field(ge=1, le=100)] = 2  # of averaging, where sites share a cancer
     initial_hazard: Annotated[float, Field(gt=0, lt=1)] | None = 0.06  # M0's; None as published
@@ -100,6 +103,7 @@ PUBLISHED = StudyConfig(
     training=TrainingConfig(drop_last=True, loss="clamped"),
     router=RouterConfig(
         drop_last=True,
+        keep_own=False,
         renormalise=False,
         balance="patient",
         self_features="in_sample",

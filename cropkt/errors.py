@@ -11,6 +11,10 @@
     │   └── NotEstimableError            a quantity these patients cannot determine
     ├── ArtifactError                65  an expert or router file is not what it says it is
     ├── MessageError                 76  a message that is not in the contract
+    ├── VersionMismatchError         76  the two sides run versions that do not go together
+    ├── RefusedError                 77  one side does not trust the other, or says no
+    ├── EnrolmentRefusedError        77  why, said by the coordinator (cropkt_server.roster)
+    ├── UnavailableError             69  the coordinator cannot be reached, for now
     ├── TrainingFailedError          70  training diverged or its process died
     ├── ConfigError                  78  a value in study.yaml, site.yaml or a preset
     └── StudyError                   1   the study finished with failed or missing rows: 3
@@ -85,6 +89,24 @@ class MessageError(CropktError, ValueError):
     """A message that the contract between coordinator and sites does not know."""
 
     exit_code = 76
+
+
+class VersionMismatchError(CropktError):
+    """The two sides run versions that do not go together."""
+
+    exit_code = 76
+
+
+class RefusedError(CropktError):
+    """One side does not trust the other, or the coordinator says no."""
+
+    exit_code = 77
+
+
+class UnavailableError(CropktError):
+    """The coordinator cannot be reached, for now."""
+
+    exit_code = 69
 
 
 class TrainingFailedError(CropktError, RuntimeError):

@@ -10,6 +10,7 @@ refused by name.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ class PublishedRouter(nn.Module):
     def __init__(self, roupkt: Roupkt, *, top_k: int) -> None:
         super().__init__()
         self.roupkt = roupkt
-        self.config = type(PUBLISHED.router)(top_k=top_k, renormalise=False, balance="patient")
+        self.config = replace(PUBLISHED.router, top_k=top_k)
 
     def outputs(self, bag: Tensor, expert_features: Tensor) -> RouterOutput:
         """Return all that the router says of one bag (N, D) and features (X, E)."""

@@ -18,6 +18,7 @@ OTHER: dict[str, Any] = {
     "drop_last": True,
     "loss": "clamped",
     "standardise": "site",
+    "keep_own": False,
     "renormalise": False,
     "balance": "patient",
     "self_features": "in_sample",

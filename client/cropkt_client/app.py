@@ -1,18 +1,20 @@
 """The hospital's Flower app: receives a message, answers it, never says more than the contract.
 
 The same app runs in a hospital and in the simulation; where the site's configuration lies comes
-from the node (`config`) or, in a simulation, from the run (`sites` and the node's number).
+from the node (`config`, and the `cancers` served) or, in a simulation, from the run (`sites` and
+the node's number).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import traceback
+import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import torch
 from flwr.app import Context
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
@@ -24,6 +26,7 @@ from cropkt.errors import (
     NotEstimableError,
     TrainingFailedError,
 )
+from cropkt.experts.device import resolve_device
 from cropkt.messages import (
     REPLIES,
     Code,
@@ -38,6 +41,7 @@ from cropkt.messages import (
 from cropkt.wire import from_record, to_record
 from cropkt_client import tasks
 from cropkt_client.site import Site
+from cropkt_client.worker import log_frames
 
 log = logging.getLogger("cropkt.client")
 app = ClientApp()
@@ -87,7 +91,7 @@ def _answer(
         if not isinstance(request, kind):
             raise MessageError("message", f"expected {kind.__name__}")
         name = request.task
-        site = Site.load(_config_path(context))
+        site = _site(context)
         reply = site.answered(request, REPLIES)
         if reply is None:
             reply = task(request, site)
@@ -99,11 +103,12 @@ def _answer(
 
 def _failure(task: str, site: Site | None, error: Exception) -> Failure:
     """Log the error on this site and return what may be said of it elsewhere."""
-    reference = hashlib.sha256(traceback.format_exc().encode()).hexdigest()[:8]
-    if isinstance(error, CropktError):
+    reference = secrets.token_hex(4)
+    if isinstance(error, CropktError):  # our own texts hold no patient
         log.error("%s failed (reference %s): %s", task, reference, error)
     else:
-        log.exception("%s failed (reference %s)", task, reference)
+        log.error("%s failed (reference %s)", task, reference)
+        log_frames(error)
     return Failure(
         task=task,
         code=_code(error),
@@ -119,15 +124,30 @@ def _code(error: Exception) -> Code:
         (TrainingFailedError, "training_failed"),
         (MessageError, "bad_message"),
     )
+    if _out_of_memory(error):
+        return "training_failed"
     return next((code for kind, code in codes if isinstance(error, kind)), "internal")
 
 
-def _config_path(context: Context) -> Path:
-    config: Any = context.node_config.get("config")
-    if config is not None:
-        return Path(str(config))
-    return (
-        Path(str(context.run_config["sites"]))
-        / str(context.node_config["partition-id"])
-        / "site.yaml"
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out; torch says so on the CPU and on Apple by its text alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text
     )
+
+
+def _site(context: Context) -> Site:
+    """Return the site that this process works for, with the cancers that it serves now.
+
+    A client names a device. The simulation, whose processes share one machine, stays on the CPU.
+    """
+    node = context.node_config
+    device = resolve_device(os.environ.get("CROPKT_DEVICE", "cpu"))
+    if "config" in node:
+        served = str(node.get("cancers", "")).split()
+        return Site.load(Path(str(node["config"])), cancers=served, device=device)
+    folder = Path(str(context.run_config["sites"])) / str(node["partition-id"])
+    return Site.load(folder / "site.yaml", device=device)

@@ -24,7 +24,7 @@ import typer
 if TYPE_CHECKING:
     from cropkt_client.enrol import Enrolment
     from cropkt_client.log import State
-    from cropkt_client.supernode import Place
+    from cropkt_client.serve import Place
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
 LONGEST_STOP = 40.0  # seconds a client may take to stop
@@ -53,7 +53,8 @@ def client(
     context: typer.Context,
     site: Annotated[str, typer.Option(help="This hospital's name in the roster.")] = "",
     cancer: Annotated[
-        list[str] | None, typer.Option(help="Cancer code; repeat for several.")
+        list[str] | None,
+        typer.Option(help="Cancer code, of those in site.yaml; repeat for several."),
     ] = None,
     config: Config = None,
     detach: Annotated[bool, typer.Option("--detach", help="Serve in the background.")] = False,
@@ -71,7 +72,7 @@ def client(
         if detach:
             _detach(place, sys.argv[1:])
             return
-        from cropkt_client.supernode import serve
+        from cropkt_client.serve import serve
 
         serve(place)
 
@@ -100,7 +101,7 @@ def status(context: typer.Context, config: Config = None, as_json: AsJson = Fals
     from cropkt.errors import ConfigError
     from cropkt_client.enrol import Enrolment
     from cropkt_client.log import read_status
-    from cropkt_client.supernode import running
+    from cropkt_client.serve import running
 
     with _one_line():
         state, enrolment = _state(config or context.obj), None
@@ -122,7 +123,7 @@ def status(context: typer.Context, config: Config = None, as_json: AsJson = Fals
 def stop(context: typer.Context, config: Config = None) -> None:
     """Stop the client; a task at work is cut off and comes again when it runs again."""
     from cropkt.errors import UsageError
-    from cropkt_client.supernode import running
+    from cropkt_client.serve import running
 
     with _one_line():
         state = _state(config or context.obj)
@@ -143,42 +144,47 @@ def _place(config: Path, site: str, cancers: Sequence[str], device: str) -> Plac
     """Return where to serve from, if the command line agrees with what this site joined."""
     from cropkt.cancers import cancer_of
     from cropkt.errors import ConfigError, DataError, UsageError
-    from cropkt_client.enrol import Coordinator, Enrolment
-    from cropkt_client.site import Site
-    from cropkt_client.supernode import Place
+    from cropkt_client.enrol import Enrolment
+    from cropkt_client.link import Coordinator
+    from cropkt_client.serve import Place
+    from cropkt_client.settings import read_settings
 
     if not DEVICE.fullmatch(device):
         raise UsageError("--device", f"unknown device {device!r}", "Use auto, cuda[:i], cpu or mps")
     try:
-        asked = {cancer_of(code) for code in cancers}
+        asked = tuple(sorted({cancer_of(code) for code in cancers}))
     except DataError as error:
         raise UsageError("--cancer", error.problem, error.fix) from None
     config = config.resolve()
-    here = Site.load(config)
-    state = here.state.resolve()
+    here = read_settings(config)
+    state = (config.parent / here.state).resolve()
     enrolment = Enrolment.load(state)
     if not site or not asked:
         missing = "--cancer" if site else "--site"
         line = " ".join(["--site", enrolment.site, *(f"--cancer {c}" for c in enrolment.cancers)])
         raise UsageError(missing, "is missing", f"This site joined as: cropkt-client {line}")
-    for where, name in ((config, here.config.site), (state / "enrolment.json", enrolment.site)):
+    for where, name in ((config, here.site), (state / "enrolment.json", enrolment.site)):
         if name != site:
             raise ConfigError(where, f"its site is {name}, not {site}", f"Give --site {name}")
-    own = set(here.config.cancers)
-    if asked != own:
-        fix = f"Give {' '.join(f'--cancer {c}' for c in sorted(own))}, or change its cancers"
-        problem = f"it serves {_list(own)}, the command line says {_list(asked)}"
-        raise ConfigError(config, problem, fix)
-    if not asked <= set(enrolment.cancers):
-        extra = _list(asked - set(enrolment.cancers))
-        problem = f"this site is not enrolled for {extra}, only for {_list(enrolment.cancers)}"
+    if extra := set(asked) - set(here.cancers):
+        problem = f"its cancers are {_list(here.cancers)}; {_list(extra)} is not among them"
+        raise ConfigError(config, problem, "Add it to its cancers, with its slides and outcomes")
+    if extra := set(asked) - set(enrolment.cancers):
+        problem = (
+            f"this site is not enrolled for {_list(extra)}, only for {_list(enrolment.cancers)}"
+        )
         raise ConfigError(config, problem, "Ask the coordinator for an invite with all its cancers")
     try:
         coordinator = Coordinator(enrolment.host, (state / "ca.pem").read_bytes())
     except (OSError, ValueError):
         raise ConfigError(state / "ca.pem", "missing or damaged", "Enrol again") from None
     return Place(
-        config=config, state=state, device=device, enrolment=enrolment, coordinator=coordinator
+        config=config,
+        state=state,
+        cancers=asked,
+        device=device,
+        enrolment=enrolment,
+        coordinator=coordinator,
     )
 
 
@@ -187,17 +193,17 @@ def _list(cancers: Iterable[str]) -> str:
 
 
 def _state(config: Path) -> Path:
-    from cropkt_client.site import Site
+    from cropkt_client.settings import read_settings
 
-    return Site.load(config.resolve()).state.resolve()
+    config = config.resolve()
+    return (config.parent / read_settings(config).state).resolve()
 
 
 def _detach(place: Place, arguments: list[str]) -> None:
     """Start this same command in the background, and say whether it came up."""
-    from cropkt.errors import UsageError
-    from cropkt_client.enrol import UnavailableError
+    from cropkt.errors import UnavailableError, UsageError
     from cropkt_client.log import LOG_NAME
-    from cropkt_client.supernode import check, running
+    from cropkt_client.serve import check, running
 
     if (pid := running(place.state)) is not None:
         problem = f"another client (process {pid}) works with this state folder"

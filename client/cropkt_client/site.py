@@ -1,17 +1,17 @@
-"""A hospital's own configuration and state: what lies where on this side of the gate."""
+"""A hospital's own data and state: what lies where on this side of the gate."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import field
+from collections.abc import Callable, Collection
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import yaml
+import torch
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from cropkt.cancers import Cancer
@@ -21,25 +21,21 @@ from cropkt.cohort.outcomes import read_outcomes
 from cropkt.cohort.pack import Pack
 from cropkt.cohort.source import SlideSource
 from cropkt.config import StudyConfig
-from cropkt.errors import ConfigError
+from cropkt.errors import CohortError, ConfigError
+from cropkt.experts.checkpoint import Checkpoint
 from cropkt.files import write_atomically
-from cropkt.messages import Message, SiteName, load, pack, save
+from cropkt.messages import (
+    DescribeRequest,
+    ExpertRequest,
+    Message,
+    RouterRequest,
+    load,
+    pack,
+    save,
+)
+from cropkt_client.settings import SiteConfig, read_settings
 
-_STRICT = ConfigDict(extra="forbid")
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class SiteConfig:
-    """`site.yaml`. Relative paths are meant from the folder of that file."""
-
-    site: SiteName  # this hospital's name in the roster
-    outcomes: Path  # table of times and events
-    slides: tuple[Path, ...] = ()  # folders of slide feature files, searched through
-    pack: Path | None = None  # or one packed folder
-    cancers: tuple[Cancer, ...]
-    state: Path = Path("state")  # models, answers and caches of this site
-    encoder: str = ""  # name of the patch encoder, as agreed in the study
-    on_bad: Literal["raise", "skip"] = "raise"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(arbitrary_types_allowed=True))
@@ -48,26 +44,31 @@ class Site:
 
     config: SiteConfig
     folder: Path = field(default_factory=Path)
+    device: torch.device = _CPU  # where its models are trained and consulted
 
     @classmethod
-    def load(cls, path: Path) -> Site:
+    def load(
+        cls,
+        path: Path,
+        *,
+        cancers: Collection[str] = (),
+        device: torch.device = _CPU,
+    ) -> Site:
         """Return the site of a `site.yaml`.
+
+        Args:
+            path: of the file.
+            cancers: those of its cancers that are served now; all, if none is named.
+            device: where its models are trained and consulted.
 
         Raises:
             ConfigError: no such file, no YAML, or a key that does not belong.
         """
-        try:
-            values = yaml.safe_load(path.read_text())
-            config = TypeAdapter(SiteConfig).validate_python(values)
-        except FileNotFoundError:
-            raise ConfigError(path, "no such file", "Write one with cropkt-client enrol") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(path, f"not YAML ({type(error).__name__})", "Correct it") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"])) or "the file"
-            raise ConfigError(path, f"{key}: {first['msg']}", f"Correct {key}") from None
-        return cls(config=config, folder=path.parent)
+        config = read_settings(path)
+        if cancers:
+            served = tuple(cancer for cancer in config.cancers if cancer in cancers)
+            config = replace(config, cancers=served)
+        return cls(config=config, folder=path.parent, device=device)
 
     @property
     def state(self) -> Path:
@@ -88,8 +89,11 @@ class Site:
         """Return the patients of one cancer, and what was left out.
 
         Raises:
-            DataError: the table or a slide is not usable.
+            DataError: the table or a slide is not usable, or the cancer is not served.
         """
+        if cancer not in self.config.cancers:
+            served = ", ".join(self.config.cancers)
+            raise CohortError(self.config.site, f"it serves {served}, not {cancer}")
         table = read_outcomes(
             self.folder / self.config.outcomes, endpoint=study.endpoint, on_bad=self.config.on_bad
         )
@@ -110,6 +114,16 @@ class Site:
     def keep_answer(self, request: Message, reply: Message) -> None:
         """Remember an answer before it is sent, so that the task never runs twice."""
         save(reply, self._answer(request))
+        if isinstance(request, ExpertRequest | RouterRequest):
+            self._checkpoint(request.cancer).unlink(missing_ok=True)
+
+    def checkpoint(self, request: ExpertRequest | RouterRequest, cohort: Cohort) -> Checkpoint:
+        """Return where the training of this request from these patients is kept."""
+        digest = self._digest(request)
+        for column in (cohort.days, cohort.event):
+            digest.update(column.tobytes())
+        digest.update(repr((cohort.patient_ids, cohort.slides)).encode())
+        return Checkpoint(self._checkpoint(request.cancer), key=digest.hexdigest())
 
     def keep(self, name: str, arrays: dict[str, NDArray[Any]]) -> None:
         """Keep named arrays of this site, such as the weights of its models."""
@@ -134,9 +148,18 @@ class Site:
             self.keep(name, found)
         return found
 
+    def _checkpoint(self, cancer: Cancer) -> Path:
+        return self.state / cancer / "training.npz"
+
     def _answer(self, request: Message) -> Path:
+        return self.state / "answers" / f"{self._digest(request).hexdigest()}.npz"
+
+    def _digest(self, request: Message) -> hashlib._Hash:
+        """Return a SHA-256 of all that decides the answer, except the patients."""
         text, arrays = pack(request)
         digest = hashlib.sha256(text.encode())
         for name in sorted(arrays):
             digest.update(arrays[name].tobytes())
-        return self.state / "answers" / f"{digest.hexdigest()}.npz"
+        if isinstance(request, DescribeRequest):  # the question is the same for any cancers
+            digest.update(" ".join(self.config.cancers).encode())
+        return digest

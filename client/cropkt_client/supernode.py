@@ -1,49 +1,26 @@
-"""The process that serves a study, and the stock `flower-supernode` that it keeps running.
+"""The stock `flower-supernode` that a client keeps running.
 
 The SuperNode, a child, holds the one connection to the coordinator. It runs no code of an app:
 with `--isolation process` it only keeps messages for our executor, which reaches it on a loopback
-port with a secret that both read from a file of this user. Beside it this process asks the
-coordinator for a hello now and then: to know whether it answers, and when the study is closed.
+port with a secret that both read from a file of this user.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
 
-from cropkt.bundle import bundle_hash
-from cropkt.errors import ConfigError, CropktError, UsageError
+from cropkt.errors import ConfigError
 from cropkt.files import write_atomically
-from cropkt_client.enrol import (
-    MAX_SKEW,
-    Coordinator,
-    Enrolment,
-    Hello,
-    UnavailableError,
-    VersionMismatchError,
-    check_versions,
-    skew,
-)
-from cropkt_client.log import Status, open_log
-from cropkt_client.worker import Child, Worker, wear_leash
+from cropkt_client.worker import Child, wear_leash
 
-if TYPE_CHECKING:
-    from cropkt_client.executor import Executor
-
-TICK, POLL, POLL_LOST = 0.5, 60.0, 10.0  # seconds: a look around, a hello, a hello while cut off
 FIRST_WAIT = 2.0  # seconds between starts, doubled each time ...
 LONGEST_WAIT = 60.0  # ... up to this,
 LONGEST_WAIT_FOR_SESSION = 15.0  # or this, where the end of the last session is in sight
@@ -52,180 +29,6 @@ SESSION = 90.0  # seconds in which the coordinator forgets a session that broke 
 _START = "from cropkt_client.supernode import main; main()"
 
 log = logging.getLogger("cropkt.client")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """What a client needs to know before it serves."""
-
-    config: Path  # absolute path of site.yaml
-    state: Path
-    device: str  # auto, cuda[:i], cpu or mps
-    enrolment: Enrolment
-    coordinator: Coordinator
-
-
-def serve(place: Place) -> None:
-    """Serve until the study is closed.
-
-    Raises:
-        CropktError: this site cannot serve; says why.
-        KeyboardInterrupt: it was interrupted; SystemExit(143) for SIGTERM.
-    """
-    with locked(place.state), _terminable():
-        open_log(place.state, terminal=True)
-        settle_environment(place.state)
-        status = Status(place.state, site=place.enrolment.site, study=place.enrolment.study)
-        try:
-            if not _first_hello(place, status).closed:
-                _serve(place, status)
-        except CropktError as error:
-            log.error("%s", error)
-            status.failed(str(error))
-            raise
-        status.closed()
-        log.info("the study is closed")
-
-
-def _serve(place: Place, status: Status) -> None:
-    from cropkt_client.executor import Executor  # Flower loads here, in a settled environment
-
-    node = SuperNode(
-        host=place.enrolment.host,
-        state=place.state,
-        node_config={"config": str(place.config)},
-        report=status.failed,
-    )
-    executor = Executor(
-        address=lambda: node.address,
-        secret=node.secret,
-        worker=Worker("cropkt_client.executor:run_app", {"CROPKT_DEVICE": place.device}),
-        bundle=bundle_hash(),
-        site=place.enrolment.site,
-        status=status,
-    )
-    try:
-        executor.start()
-        _watch(place, status, node, executor)
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # ending must not be cut off half-way
-        executor.stop()
-        node.stop()
-
-
-def _first_hello(place: Place, status: Status) -> Hello:
-    """Return the coordinator's hello, however long it takes to answer."""
-    while True:
-        try:
-            hello = place.coordinator.hello()
-            break
-        except UnavailableError as error:
-            if status.state.error != str(error):
-                log.warning("%s Trying on", error)
-            status.failed(str(error))
-            time.sleep(POLL_LOST)
-    check(hello, place.enrolment)
-    status.connected(True)
-    log.info("%s serves study %s at %s", *(status.state.site, hello.study, place.enrolment.host))
-    ahead = skew(hello)
-    if abs(ahead) > MAX_SKEW:
-        text = f"this clock is {ahead:+.0f} s from the coordinator's; set both by NTP"
-        log.warning("%s", text)
-        status.failed(text)
-    return hello
-
-
-def check(hello: Hello, enrolment: Enrolment) -> None:
-    """Compare a hello with what this site has installed and joined.
-
-    Raises:
-        VersionMismatchError: the versions do not go together.
-        ConfigError: it is another study's coordinator.
-    """
-    check_versions(hello)
-    if hello.study != enrolment.study:
-        problem = f"this is the coordinator of study {hello.study}, not of {enrolment.study}"
-        raise ConfigError(enrolment.host, problem, "Enrol with an invite to that study")
-
-
-def _watch(place: Place, status: Status, node: SuperNode, executor: Executor) -> None:
-    """Keep the SuperNode running until the study is closed and no task is at work."""
-    due, over, why = time.monotonic() + POLL, False, None
-    while not (over and executor.stop_when_idle()):
-        node.tend()
-        time.sleep(TICK)
-        if over or time.monotonic() < due:
-            continue
-        try:
-            hello = place.coordinator.hello()
-            if status.connected(True):
-                log.info("the coordinator answers again")
-            over = hello.closed
-            check(hello, place.enrolment)
-        except (VersionMismatchError, ConfigError) as error:
-            over, why = True, error  # what is at work may still be answered
-        except CropktError as error:
-            if status.connected(False):
-                log.warning("%s Trying on", error)
-            status.failed(str(error))
-        due = time.monotonic() + (POLL if status.state.connected else POLL_LOST)
-    if why is not None:
-        raise why
-
-
-@contextlib.contextmanager
-def locked(state: Path) -> Iterator[None]:
-    """Hold a state folder, for one client at a time; the kernel lets go when the client dies.
-
-    Raises:
-        UsageError: another client holds it.
-    """
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(state / "client.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        for _ in range(5):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.1)  # a passing `status` holds it for a moment
-        else:
-            problem = f"another client (process {running(state)}) works with this state folder"
-            raise UsageError(state, problem, "Stop it with cropkt-client stop")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def running(state: Path) -> int | None:
-    """Return the process id of the client that holds a state folder, or None."""
-    try:
-        descriptor = os.open(state / "client.lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return int(os.read(descriptor, 20) or b"0") or None
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, with exit code 143."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class SuperNode:

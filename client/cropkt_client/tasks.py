@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import cropkt
 from cropkt.cancers import Cancer
 from cropkt.cohort.bags import Cohort
 from cropkt.cohort.splits import hospital_folds, stratified_folds
@@ -72,7 +73,7 @@ def describe(request: DescribeRequest, site: Site) -> DescribeReply:
         cohorts=tuple(counts),
         encoder=site.config.encoder,
         versions={
-            "cropkt": version("cropkt"),
+            "cropkt": cropkt.__version__,
             "torch": version("torch"),
             "flwr": version("flwr"),
             "python": platform.python_version(),
@@ -89,17 +90,18 @@ def fit_expert(request: ExpertRequest, site: Site) -> ExpertReply:
     if request.weights is None:
         experts = Abmil.initial(
             study.shape, seed=study.seed, hazard=study.initial_hazard, models=models
-        )
+        ).to(site.device)
     else:
-        experts = _experts(study.shape, request.weights, models=models)
+        experts = _experts(site, study.shape, request.weights, models=models)
     experts = train_experts(
         cohort,
         plan,
         initial=experts,
         config=study.training,
         seed=study.seed + 1000 * request.round,
+        checkpoint=site.checkpoint(request, cohort),
     )
-    weights = flatten(experts).numpy()
+    weights = flatten(experts).cpu().numpy()
     site.keep(f"{request.cancer}/experts", {"weights": weights})
     score = Target.of(cohort, plan, experts).local_score()
     shared = plan.model() if study.source == "all_patients" else plan.model(0)
@@ -142,8 +144,8 @@ def fit_router(request: RouterRequest, site: Site) -> RouterReply:
     stack = _routers(site, target, request.weights, request.study)
     if request.routers is not None:
         stack.load(_checked(request.routers, stack.module, models=target.views))
-    stack.train()
-    weights = flatten(stack.module).numpy()
+    stack.train(checkpoint=site.checkpoint(request, target.cohort))
+    weights = flatten(stack.module).cpu().numpy()
     site.keep(f"{request.cancer}/routers", {"weights": weights})
     return RouterReply(
         task=request.task,
@@ -213,12 +215,12 @@ def _target(site: Site, cancer: Cancer, study: StudyConfig, *, own: Weights | No
     kept = site.kept(f"{cancer}/experts")
     if kept is None:
         raise MessageError("message", f"{cancer} has no expert here yet")
-    experts = _experts(study.shape, kept["weights"], models=len(plan.excluded))
+    experts = _experts(site, study.shape, kept["weights"], models=len(plan.excluded))
     return Target.of(cohort, plan, standardise_for(experts, cohort, plan, study.training))
 
 
 def _routers(site: Site, target: Target, weights: Weights, study: StudyConfig) -> RouterStack:
-    sources = _experts(study.shape, weights, models=len(weights))
+    sources = _experts(site, study.shape, weights, models=len(weights))
     return RouterStack(target, sources, _opinions(site, target, weights, study), study)
 
 
@@ -229,7 +231,7 @@ def _opinions(site: Site, target: Target, weights: Weights, study: StudyConfig) 
     digest.update("\n".join(target.cohort.patient_ids).encode())
 
     def ask() -> dict[str, NDArray[np.float64] | NDArray[np.float32]]:
-        sources = _experts(study.shape, weights, models=len(weights))
+        sources = _experts(site, study.shape, weights, models=len(weights))
         views = target.consult(sources, study)
         distinct = views[:1] if views[0] is views[-1] else views
         return {
@@ -245,10 +247,11 @@ def _opinions(site: Site, target: Target, weights: Weights, study: StudyConfig) 
     return views if len(views) > 1 else views * target.views
 
 
-def _experts(shape: ExpertShape, weights: Weights, *, models: int) -> Abmil:
-    """Return experts from rows of weights whose number and width were checked."""
+def _experts(site: Site, shape: ExpertShape, weights: Weights, *, models: int) -> Abmil:
+    """Return experts on the site's device, from rows of weights, checked in number and width."""
     _checked(weights, Abmil(shape), models=models)
-    return Abmil.from_flat(shape, torch.tensor(weights)).requires_grad_(False)
+    experts = Abmil.from_flat(shape, torch.tensor(weights)).requires_grad_(False)
+    return experts.to(site.device)
 
 
 def _checked(weights: Weights, module: torch.nn.Module, *, models: int) -> Weights:

@@ -169,7 +169,7 @@ def unflatten(module: nn.Module, weights: Tensor) -> None:
 
 def _keep(gates: Tensor, dropout: float, generators: Sequence[torch.Generator]) -> Tensor:
     """Return the scaled dropout mask (F, P, A); model f draws from its own generator."""
-    keep = torch.empty_like(gates)
+    keep = torch.empty_like(gates, device="cpu")  # drawn there: the same mask on every device
     for row, generator in zip(keep, generators, strict=True):
         row.bernoulli_(1 - dropout, generator=generator)
-    return keep / (1 - dropout)
+    return keep.to(gates.device) / (1 - dropout)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cropkt.cohort.bags import Cohort
 from cropkt.experts.abmil import Abmil
+from cropkt.experts.device import device_of, moved
 from cropkt.survival.likelihood import risk
 
 MAX_HIDDEN = 1 << 26  # float32 values of one group's hidden layer, 256 MiB
@@ -30,13 +31,13 @@ class Opinions:
 
 @torch.inference_mode()
 def consult(experts: Abmil, cohort: Cohort) -> Opinions:
-    """Return risk and slide feature of every expert for every patient."""
+    """Return, on the CPU, risk and slide feature of every expert for every patient."""
     width = experts.models * experts.shape.embed
-    risks, features = [], []
+    device, risks, features = device_of(experts), [], []
     for group in groups(cohort, patches=max(1, MAX_HIDDEN // width)):
-        out = experts.outputs(cohort.pack(group))
-        risks.append(risk(out.logits))
-        features.append(out.features)
+        out = experts.outputs(moved(cohort.pack(group), device))
+        risks.append(risk(out.logits.cpu()))
+        features.append(out.features.cpu())
     return Opinions(risk=torch.cat(risks, 1).numpy(), features=torch.cat(features, 1).clone())
 
 

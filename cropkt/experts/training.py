@@ -7,7 +7,7 @@ patients cost one pass, and each equals the model trained alone with the same se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, cos, pi
 
@@ -20,6 +20,8 @@ from cropkt.cohort.bags import Cohort
 from cropkt.config import OptimiserConfig, TrainingConfig
 from cropkt.errors import TrainingFailedError
 from cropkt.experts.abmil import Abmil
+from cropkt.experts.checkpoint import Checkpoint, Training
+from cropkt.experts.device import device_of, moved
 from cropkt.survival.likelihood import discrete_nll
 
 
@@ -78,8 +80,20 @@ def fit(
     config: OptimiserConfig,
     seed: int,
     on_epoch: Callable[[int, int], None] | None = None,
+    generators: Sequence[torch.Generator] = (),
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Minimise `step(indices)`, the summed loss of all models on a group of patients.
+
+    Args:
+        module: what is trained, in place.
+        step: returns the loss.
+        patients: n.
+        config: of the optimiser.
+        seed: of the order of patients.
+        on_epoch: is told of each epoch that ended, and of how many there are.
+        generators: those that `step` draws from; a checkpoint keeps their state.
+        checkpoint: where to resume from, and to keep where the training stands.
 
     Raises:
         TrainingFailedError: the loss is no longer finite.
@@ -92,26 +106,27 @@ def fit(
     )
     updates = updates_per_epoch(patients, config)
     epochs = max(config.epochs, ceil(config.minimum_updates / updates))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda at: cosine_with_warmup(
-            at, total=epochs * updates, warmup=config.warmup_epochs * updates
-        ),
-    )
+    total, warmup = epochs * updates, config.warmup_epochs * updates
     rng = np.random.default_rng(seed)
-    for epoch in range(epochs):
-        for chosen in batches(patients, config, rng):
+    training = Training(module=module, optimizer=optimizer, rng=rng, generators=generators)
+    done = checkpoint.resume(training) if checkpoint else 0
+    for epoch in range(done, epochs):
+        for at, chosen in enumerate(batches(patients, config, rng), start=epoch * updates):
+            factor = cosine_with_warmup(at, total=total, warmup=warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * factor
             optimizer.zero_grad(set_to_none=True)
             loss = step(chosen)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            schedule.step()
         if not torch.isfinite(loss):
             raise TrainingFailedError(
                 "training",
                 f"the loss is {loss.item()} after epoch {epoch + 1}",
                 "Lower training.learning_rate, or check the features for extreme values",
             )
+        if checkpoint:
+            checkpoint.save(training, epoch + 1)
         if on_epoch:
             on_epoch(epoch + 1, epochs)
 
@@ -124,30 +139,43 @@ def train_experts(
     config: TrainingConfig,
     seed: int,
     on_epoch: Callable[[int, int], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Abmil:
     """Train the F models of `plan` in place, from the weights in `initial`, and return them.
+
+    It runs where `initial` lies.
 
     Raises:
         TrainingFailedError: the loss is no longer finite.
     """
     initial.requires_grad_(True)
-    learns = torch.from_numpy(plan.learns())  # (F, n)
-    bins = torch.from_numpy(cohort.time_bins)
-    event = torch.from_numpy(cohort.event)
+    device = device_of(initial)
+    learns = torch.from_numpy(plan.learns()).to(device)  # (F, n)
+    bins = torch.from_numpy(cohort.time_bins).to(device)
+    event = torch.from_numpy(cohort.event).to(device)
     generators = [
         torch.Generator().manual_seed(hash_seed(seed, *left_out)) for left_out in plan.excluded
     ]
     standardise_for(initial, cohort, plan, config)
 
     def step(chosen: NDArray[np.int64]) -> Tensor:
-        bags = cohort.pack(chosen)
+        bags = moved(cohort.pack(chosen), device)
         out = initial.outputs(bags, dropout=config.dropout, generators=generators)
         losses = discrete_nll(
             out.logits, bins[chosen], event[chosen], alpha=config.alpha, loss=config.loss
         )  # (F, B)
         return masked_mean(losses, learns[:, chosen])
 
-    fit(initial, step, patients=len(cohort), config=config, seed=seed, on_epoch=on_epoch)
+    fit(
+        initial,
+        step,
+        patients=len(cohort),
+        config=config,
+        seed=seed,
+        on_epoch=on_epoch,
+        generators=generators,
+        checkpoint=checkpoint,
+    )
     return initial.requires_grad_(False)
 
 

@@ -15,8 +15,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from cropkt.report import values
 from cropkt.files import replace_file
+from cropkt.report import values
 from cropkt.report.schema import Results, TargetResult, TransferScore
 from cropkt.report.sentences import number, signed, summary_lines
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cropkt.errors import DataError
-from cropkt.report.figures import draw_gain, draw_transfer
 from cropkt.files import replace_file
+from cropkt.report.figures import draw_gain, draw_transfer
 from cropkt.report.schema import Results
 from cropkt.report.tables import write_per_cancer_csv, write_transfer_csv
 

@@ -144,6 +144,23 @@ def paired_difference(
     return c_index - c_other, float(np.sqrt(((influence - influence_other) ** 2).sum()))
 
 
+def leads(
+    pairs: Pairs, risks: NDArray[np.floating]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the C-index (k,) of k risks (k, n) and the standard errors (k,) of their leads.
+
+    A lead is a C-index less the mean of all k. All are judged on the same patients, so most of
+    their error is shared, and a lead is known far better than the C-index itself. Both are nan
+    where no pair is comparable.
+    """
+    if pairs.count == 0:
+        return np.full(len(risks), np.nan), np.full(len(risks), np.nan)
+    both = [_influence(pairs, risk) for risk in risks]
+    influence = np.stack([one for _, one in both])  # (k, n)
+    error = np.sqrt(((influence - influence.mean(0)) ** 2).sum(1))
+    return np.array([c_index for c_index, _ in both]), error
+
+
 def bootstrap(
     pairs: Pairs, risks: NDArray[np.floating], *, seed: int, replicates: int = REPLICATES
 ) -> NDArray[np.float64]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from cropkt.cancers import Cancer
 from cropkt.survival.metrics import Estimate
 from cropkt.transfer.scores import shrunken
@@ -24,6 +26,9 @@ def sources_for(scores: Mapping[Cancer, Sequence[Estimate]], *, limit: int) -> t
         return tuple(sources)
     kept: set[Cancer] = set()
     for of_fold in zip(*(scores[source] for source in sources), strict=True):
-        value = shrunken(of_fold)
+        value = shrunken(
+            np.array([np.nan if s.c_index is None else s.c_index for s in of_fold]),
+            np.array([s.se or 0.0 for s in of_fold]),
+        )
         kept.update(sorted(sources, key=lambda s: (-value[sources.index(s)], s))[:limit])
     return tuple(sorted(kept))

@@ -5,10 +5,11 @@ the same patches and yields one logit an expert; softmax over the experts gives 
 are used. Each chosen feature passes an adapter Linear E->E + ReLU, and a head Linear E->T turns
 the gated sum into hazard logits.
 
-Named repairs (RouterConfig), each off in the `published` preset: gates of the chosen experts are
-renormalised; the balance loss is that of a batch; gates start at the measured transfer; adapters
-start as the identity and every expert keeps a head of its own, so that before the first update
-the router already is a transfer-weighted vote of the experts, and learning can only refine it.
+Named repairs (RouterConfig), each off in the `published` preset: the own expert is always among
+the chosen; gates of the chosen experts are renormalised; the balance loss is that of a batch;
+gates start at the measured transfer; adapters start as the identity and every expert keeps a head
+of its own, so that before the first update the router already is a transfer-weighted vote of the
+experts, and learning can only refine it.
 
 Shapes: F routers, X experts (own expert first), B bags, P patches, E embedding, T bins.
 
@@ -96,17 +97,20 @@ class Roupkt(Attention):
         Args:
             bags: the target's bags.
             expert_features: (F, X, B, E) slide features of the frozen experts.
-            config: `top_k` and `renormalise` are read.
+            config: `top_k`, `keep_own` and `renormalise` are read.
             generators: one a model, when dropout is not 0.
             dropout: rate on the router's attention gates.
         """
         seen, _ = self(bags, dropout=dropout, generators=generators)  # (F, B, E)
         router_logits = seen @ self.gate.transpose(1, 2) + self.prior[:, None]  # (F, B, X)
         gates = router_logits.softmax(2)
+        rank = gates.detach().clone()
+        if config.keep_own:
+            rank[..., 0] = 2.0  # above any gate
         # Sorted stably: of equal gates the first experts win, above all the target's own.
-        value, expert = gates.sort(dim=2, descending=True, stable=True)
-        top = slice(min(config.top_k, gates.shape[2]))
-        weights = torch.zeros_like(gates).scatter(2, expert[..., top], value[..., top])
+        expert = rank.argsort(dim=2, descending=True, stable=True)
+        chosen = expert[..., : min(config.top_k, gates.shape[2])]
+        weights = torch.zeros_like(gates).scatter(2, chosen, gates.gather(2, chosen))
         if config.renormalise:
             weights = weights / weights.sum(2, keepdim=True)
         adapted = expert_features @ self.adapter.transpose(2, 3)  # (F, X, B, E)

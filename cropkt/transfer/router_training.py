@@ -12,6 +12,8 @@ from torch import Tensor
 from cropkt.config import StudyConfig
 from cropkt.experts.abmil import Abmil, flatten, unflatten
 from cropkt.experts.bank import MAX_HIDDEN, Opinions, groups
+from cropkt.experts.checkpoint import Checkpoint
+from cropkt.experts.device import device_of, moved
 from cropkt.experts.training import Plan, fit, hash_seed, masked_mean, moments
 from cropkt.survival.likelihood import discrete_nll, risk
 from cropkt.transfer.roupkt import Roupkt, balance_loss, z_loss
@@ -19,21 +21,23 @@ from cropkt.transfer.target import Target
 
 
 class RouterStack:
-    """The 1 + K routers of one target, over its own expert and S sources."""
+    """The 1 + K routers of one target, over its own expert and S sources; where these lie."""
 
     def __init__(
         self, target: Target, sources: Abmil, opinions: list[Opinions], study: StudyConfig
     ) -> None:
         self.target, self.study = target, study
         self.config = study.router
-        self.features = target.router_features(opinions, study.router)  # (1 + K, X, n, E)
+        self.device = device_of(sources)
+        features = target.router_features(opinions, study.router)
+        self.features = features.to(self.device)  # (1 + K, X, n, E)
         self.module = Roupkt.initial(
             study.shape,
             experts=self.features.shape[1],
             models=target.views,
             seed=hash_seed(study.seed, 1),
             config=study.router,
-        )
+        ).to(self.device)
         self.excluded = tuple(() if view == 0 else (view - 1,) for view in range(target.views))
         own = [target.plan.model(*left_out) for left_out in self.excluded]
         if study.router.warm_start:
@@ -48,12 +52,18 @@ class RouterStack:
         """Take over routers (1 + K, parameters), for example a round's average."""
         unflatten(self.module, torch.tensor(weights))
 
-    def train(self, on_epoch: Callable[[int, int], None] | None = None) -> None:
-        """Train all routers from where they stand."""
+    def train(
+        self,
+        on_epoch: Callable[[int, int], None] | None = None,
+        *,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Train all routers from where they stand, or from where the checkpoint stands."""
         target, config, training = self.target, self.config, self.study.training
         cohort = target.cohort
-        learns = torch.from_numpy(Plan(target.folds, self.excluded).learns())  # (1 + K, n)
-        bins, event = torch.from_numpy(cohort.time_bins), torch.from_numpy(cohort.event)
+        learns = torch.from_numpy(Plan(target.folds, self.excluded).learns()).to(self.device)
+        bins = torch.from_numpy(cohort.time_bins).to(self.device)
+        event = torch.from_numpy(cohort.event).to(self.device)
         generators = [
             torch.Generator().manual_seed(hash_seed(self.study.seed, 2, view))
             for view in range(target.views)
@@ -61,7 +71,7 @@ class RouterStack:
 
         def step(chosen: NDArray[np.int64]) -> Tensor:
             out = self.module.outputs(
-                cohort.pack(chosen),
+                moved(cohort.pack(chosen), self.device),
                 self.features[:, :, chosen],
                 config,
                 generators=generators,
@@ -71,7 +81,7 @@ class RouterStack:
                 out.logits, bins[chosen], event[chosen], alpha=training.alpha, loss=training.loss
             )  # (1 + K, B)
             losses = losses + config.z_weight * z_loss(out.router_logits)
-            mine = learns[:, chosen]
+            mine = learns[:, chosen]  # (1 + K, B)
             balance = balance_loss(out.gates, over=config.balance, learns=mine)
             if config.balance == "patient":
                 return masked_mean(losses + config.balance_weight * balance, mine)
@@ -84,6 +94,8 @@ class RouterStack:
             config=config,
             seed=hash_seed(self.study.seed, 3),
             on_epoch=on_epoch,
+            generators=generators,
+            checkpoint=checkpoint,
         )
 
     @torch.inference_mode()
@@ -93,10 +105,11 @@ class RouterStack:
         risks, weights = [], []
         width = self.module.models * self.study.shape.embed
         for group in groups(cohort, patches=max(1, MAX_HIDDEN // width)):
-            out = self.module.outputs(cohort.pack(group), self.features[:, :, group], self.config)
+            bags = moved(cohort.pack(group), self.device)
+            out = self.module.outputs(bags, self.features[:, :, group], self.config)
             mine = (view[group], torch.arange(len(group)))
-            risks.append(risk(out.logits[mine]))
-            weights.append(out.weights[mine])
+            risks.append(risk(out.logits.cpu()[mine]))
+            weights.append(out.weights.cpu()[mine])
         return torch.cat(risks).numpy(), torch.cat(weights).double().numpy()
 
 

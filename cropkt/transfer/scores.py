@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 
 from cropkt.survival.metrics import Estimate, Pairs, concordance_of, paired_difference
 
+UNKNOWN_ERROR = 12**-0.5  # standard deviation of a C-index of which nothing is known
+LEAST_ERROR = 1e-4  # below it an error comes of too few pairs to show one
+TRACE = 1e-6
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroShot:
@@ -85,25 +89,31 @@ def _leads(
     return leads
 
 
-def shrunken(scores: Sequence[Estimate]) -> NDArray[np.float64]:
+def shrunken(c_index: NDArray[np.floating], error: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return C-indices (S,) pulled towards their mean by how uncertain they are.
 
-    Empirical Bayes with the moment estimate of the variance between experts; an expert whose
-    score is not estimable gets the mean of the others, or one half.
+    Empirical Bayes: the variance between experts is DerSimonian and Laird's, weighted by
+    precision. Where nothing tells the experts apart they keep a trace of their order, so that a
+    choice among equals is the better guess and not the alphabet.
+
+    Args:
+        c_index: (S,), nan where not estimable; such an expert gets the mean.
+        error: (S,) standard errors; about 0, as a handful of pairs can give, counts as unknown.
 
     References:
         DerSimonian and Laird, doi:10.1016/0197-2456(86)90046-2.
     """
-    known = [(s.c_index, s.se or 0.0) for s in scores if s.c_index is not None]
-    if not known:
-        return np.full(len(scores), 0.5)
-    c_index, error = np.array(known).T
-    mean = float(c_index.mean())
-    between = max(0.0, float(c_index.var()) - float((error**2).mean()))
-    result = np.full(len(scores), mean)
-    for i, score in enumerate(scores):
-        if score.c_index is not None:
-            noise = (score.se or 0.0) ** 2
-            trust = between / (between + noise) if between else 0.0
-            result[i] = mean + trust * (score.c_index - mean)
+    known = np.isfinite(c_index)
+    if not known.any():
+        return np.full(len(c_index), 0.5)
+    noise = np.where(error > LEAST_ERROR, error, UNKNOWN_ERROR)[known] ** 2
+    value, weight = c_index[known].astype(np.float64), 1 / noise
+    mean = float(np.average(value, weights=weight))
+    spread = float((weight * (value - mean) ** 2).sum()) - (len(value) - 1)
+    scale = float(weight.sum() - (weight**2).sum() / weight.sum())
+    between = max(0.0, spread / scale) if scale > 0 else 0.0
+    centre = float(np.average(value, weights=1 / (between + noise)))
+    result = np.full(len(c_index), centre)
+    trust = between / (between + noise)
+    result[known] += np.maximum(trust, TRACE) * (value - centre)
     return result

@@ -19,7 +19,7 @@ from cropkt.config import RouterConfig, StudyConfig
 from cropkt.experts.abmil import Abmil
 from cropkt.experts.bank import Opinions, consult
 from cropkt.experts.training import Plan, moments
-from cropkt.survival.metrics import Estimate, Pairs, concordance_of
+from cropkt.survival.metrics import Estimate, Pairs, concordance_of, leads
 from cropkt.transfer.scores import shrunken, training_scores
 
 
@@ -122,10 +122,13 @@ class Target:
 
     def prior(self, opinions: list[Opinions], config: RouterConfig) -> Tensor:
         """Return the gates' starting logits (1 + K, 1 + S), from what each view may see."""
-        scores = self.source_scores(opinions)
-        value = np.stack(
-            [shrunken([self.local_score(view), *row]) for view, row in enumerate(scores)]
-        )
+        within = self.pairs.inside(self.folds)  # two folds of the own expert share no scale
+        rows = []
+        for view, opinion in enumerate(opinions):
+            risks = np.concatenate([self.local_risk(view)[None], opinion.risk])
+            seen = within.within(self.folds != view - 1)
+            rows.append(shrunken(*leads(seen, risks)))
+        value = np.stack(rows)
         value -= value.max(1, keepdims=True)
         return torch.from_numpy(config.prior_strength * value).float()
 

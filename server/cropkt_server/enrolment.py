@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Annotated, Any, Protocol
 
@@ -31,6 +32,7 @@ from cropkt.invite import Invite, Token
 from cropkt.messages import PROTOCOL, SiteName, Version
 from cropkt_server.pki import Keys
 from cropkt_server.roster import EnrolledSite, EnrolmentRefusedError, Roster
+from cropkt_server.versions import together
 
 log = logging.getLogger("cropkt.server")
 
@@ -66,6 +68,7 @@ class Enrolment:
     host: str  # "name:port", as sites reach it
     keys: Keys
     roster: Roster
+    closed: threading.Event = field(default_factory=threading.Event)  # the study is over
 
     def invite(self, site: str, cancers: Sequence[Cancer], expires: float) -> Invite:
         """Return a new invite, valid until `expires` (seconds since 1970) for one enrolment."""
@@ -79,7 +82,7 @@ class Enrolment:
         )
 
     def hello(self) -> dict[str, Any]:
-        """Return what anyone may know: which study, which versions, what time it is here."""
+        """Return what anyone may know: which study, which versions, what time, whether it is over."""
         return {
             "study": self.study,
             "cropkt": cropkt.__version__,
@@ -87,6 +90,7 @@ class Enrolment:
             "flwr": version("flwr"),
             "bundle": bundle_hash(),
             "time": int(time.time()),
+            "closed": self.closed.is_set(),
         }
 
     def accept(self, body: bytes, nodes: Nodes) -> dict[str, Any]:
@@ -197,13 +201,9 @@ def _check_versions(request: EnrolRequest) -> None:
         ("flwr", version("flwr"), request.flwr),
     )
     for package, ours, theirs in both:
-        if _series(ours) != _series(theirs):
+        if not together(ours, theirs):
             raise EnrolmentRefusedError(
                 "version",
                 f"The coordinator runs {package} {ours}, the site {package} {theirs}: "
                 "install the same release.",
             )
-
-
-def _series(release: str) -> list[str]:
-    return release.split(".")[:2]

@@ -36,8 +36,14 @@ def results(study: Study) -> Results:
         "endpoint": config.endpoint,
         "config_hash": config.hash(),
         "targets": {cancer: _target(study, cancer, sites) for cancer, sites in holders.items()},
-        "transfer": {cancer: _transfer(study, cancer) for cancer in study.bank()},
-        "failed": [{"row": task.id, "cause": task.cause} for task in study.failures()],
+        "transfer": {cancer: _transfer(study, cancer) for cancer in study.trained()},
+        "failed": [
+            *({"row": task.id, "cause": task.cause} for task in study.failures()),
+            *(
+                {"row": f"describe/{site}", "cause": f"missing: {cause}"}
+                for site, cause in study.missing().items()
+            ),
+        ],
     }
 
 

@@ -7,6 +7,8 @@ committed survives a kill at any time.
 
 from __future__ import annotations
 
+import json
+import os
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
@@ -66,7 +68,9 @@ class Store:
         self.folder = folder
         self._path = folder / "study.sqlite"
         self._replies = folder / "replies"
-        self._replies.mkdir(parents=True, exist_ok=True)
+        self._replies.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Made here first: SQLite would make it readable for others.
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
         self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
@@ -96,6 +100,40 @@ class Store:
         """Keep a value with the study."""
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
+    @property
+    def paused(self) -> bool:
+        """Whether nothing new is to be sent."""
+        return self.meta("paused") == "yes"
+
+    def pause(self, yes: bool) -> None:
+        """Send nothing new, or go on; what is under way is still taken in."""
+        self.set_meta("paused", "yes" if yes else "no")
+
+    @property
+    def closed(self) -> bool:
+        """Whether the study is over."""
+        return self.meta("closed") == "yes"
+
+    def close_study(self, yes: bool = True) -> None:
+        """The study is over, or goes on after all."""
+        self.set_meta("closed", "yes" if yes else "no")
+
+    def retry(self, site: str | None = None) -> list[Task]:
+        """Make the failed rows of a site, or of all, due with all their tries; return them."""
+        again = [t for t in self.tasks() if t.state == "failed" and site in (None, t.site)]
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany(
+            "UPDATE task SET state = 'due', cause = '', tries = 0, changed = julianday('now') "
+            "WHERE id = ? AND state = 'failed'",
+            [(task.id,) for task in again],
+        )
+        self._db.execute("COMMIT")
+        if again and (gathered := self.meta("decided/gathered")) is not None:
+            # Whoever is asked again is waited for, though the deadline may have passed.
+            sites = {task.site for task in again}.union(json.loads(gathered))
+            self.set_meta("decided/gathered", json.dumps(sorted(sites)))
+        return again
+
     def add(self, tasks: Iterable[Task]) -> None:
         """Add the rows that are not there yet, all or none."""
         self._db.execute("BEGIN IMMEDIATE")
@@ -112,6 +150,11 @@ class Store:
     def tasks(self) -> list[Task]:
         """Return all rows in the order they were added."""
         return _tasks(self._db)
+
+    def state(self, task: Task) -> State | None:
+        """Return what became of a row; None if there is no such row."""
+        row = self._db.execute("SELECT state FROM task WHERE id = ?", (task.id,)).fetchone()
+        return None if row is None else row[0]
 
     def sent(self, task: Task) -> None:
         """The task left for its site, once more."""

@@ -1,4 +1,4 @@
-"""A study: which tasks exist, what each asks, and when it is finished.
+"""A study: which tasks exist, and when it is finished.
 
     describe -> fit_expert (rounds) -> score_sources -> fit_router (rounds) -> evaluate
 
@@ -6,72 +6,81 @@ Nothing is held in memory that the table and the replies do not say, so a study 
 goes on where it was. Sites that hold the same cancer share one expert and one router: averages
 by events, over `rounds` rounds; their fold models are averaged fold by fold, so that no patient
 ever judges a model that learnt from them.
+
+Who is waited for. A site trains its expert as soon as it has described itself. Scoring begins
+once nobody is awaited: every invited site has enrolled and described itself, at least `min_sites`
+did, and every expert is there or has failed; or once the deadline has passed and `min_sites`
+sites have given an expert: then with those. From that moment the bank is fixed. Who comes later
+is late: it trains an expert, and is scored and routed with the bank as it is, but no other target
+is scored again with its expert. Within a shared cancer it joins the next round; after the last
+one it trains from the average without changing it. An open invite keeps the study open until it
+expires; after the deadline neither an invite does, nor a late site that is away.
+
+A revoked site's rows fail at once; what it gave before stays.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
 
 from cropkt.cancers import Cancer
 from cropkt.config import StudyConfig
-from cropkt.errors import ConfigError, MessageError
-from cropkt.messages import (
-    DescribeReply,
-    DescribeRequest,
-    ExpertReply,
-    ExpertRequest,
-    Failure,
-    Message,
-    ReleaseReply,
-    ReleaseRequest,
-    RouterReply,
-    RouterRequest,
-    TransferReply,
-    TransferRequest,
-    Weights,
-)
-from cropkt.survival.metrics import Estimate
-from cropkt.transfer.plan import sources_for
-from cropkt_server.store import Kind, Store, Task
+from cropkt.errors import ConfigError
+from cropkt.messages import DescribeReply, Failure, Message
+from cropkt_server.findings import Findings
+from cropkt_server.membership import Member, missing
+from cropkt_server.questions import ANSWERS, Questions
+from cropkt_server.store import Kind, Task
+from cropkt_server.versions import together
 
 MAX_TRIES = 5
-Reply = TypeVar("Reply", bound=Message)
-
-MESSAGE_TYPES: dict[Kind, str] = {
-    "describe": DescribeRequest.kind,
-    "fit_expert": ExpertRequest.kind,
-    "score_sources": TransferRequest.kind,
-    "fit_router": RouterRequest.kind,
-    "evaluate": ReleaseRequest.kind,
-}
-_REPLIES: dict[Kind, type[Message]] = {
-    "describe": DescribeReply,
-    "fit_expert": ExpertReply,
-    "score_sources": TransferReply,
-    "fit_router": RouterReply,
-    "evaluate": ReleaseReply,
-}
+REVOKED = "revoked"
+Rows = Mapping[tuple[Kind, Cancer | None, int], list[Task]]
 
 
-class Study:
-    """The durable state machine of one study folder."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathering:
+    """How a deployed study waits for its sites."""
 
-    def __init__(self, folder: Path, config: StudyConfig, sites: Iterable[str]) -> None:
-        self.config, self.sites = config, tuple(sites)
-        self.store = Store(folder)
+    min_sites: int = 1
+    deadline: Callable[[float], float | None] = lambda began: None  # of when the study began
+
+
+class Study(Findings):
+    """The durable state machine of one study folder.
+
+    Args:
+        folder: where it lies.
+        config: what the sites are asked to do.
+        sites: names, or members of a roster.
+        gathering: None where the sites are fixed, as in a simulation.
+        clock: now, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: StudyConfig,
+        sites: Iterable[str | Member],
+        *,
+        gathering: Gathering | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(folder, config)
+        self._gathering, self._clock = gathering, clock
         self._check_unchanged()
         self.store.resume()
-        self.store.add(Task(kind="describe", site=site) for site in self.sites)
-        self._averages: dict[tuple[Kind, Cancer, int], Weights] = {}
-        self._described: dict[str, DescribeReply] = {}
-        self.advance()
+        self._questions = Questions(self)
+        self._members: tuple[Member, ...] = ()
+        if self.store.meta("began") is None:
+            self.store.set_meta("began", str(clock()))
+        self.add_sites(Member(site) if isinstance(site, str) else site for site in sites)
 
     def _check_unchanged(self) -> None:
         """Refuse to go on under other settings than those the stored work was made with."""
@@ -89,30 +98,78 @@ class Study:
             )
 
     @property
-    def finished(self) -> bool:
-        """Whether no row is left to do."""
-        return not any(task.state in ("due", "sent") for task in self.store.tasks())
+    def sites(self) -> tuple[str, ...]:
+        """The sites that may take part now."""
+        return tuple(member.name for member in self._members if member.state == "enrolled")
 
-    def failures(self) -> list[Task]:
-        """Return the rows that failed."""
-        return [task for task in self.store.tasks() if task.state == "failed"]
+    @property
+    def overdue(self) -> bool:
+        """Whether the deadline has passed."""
+        if self._gathering is None:
+            return False
+        deadline = self._gathering.deadline(float(self.store.meta("began") or 0))
+        return deadline is not None and self._clock() >= deadline
+
+    def add_sites(self, members: Iterable[Member]) -> None:
+        """Take in who takes part now: add rows for new sites, fail those of revoked ones."""
+        members = tuple(members)
+        if members == self._members and not (self.overdue and self.decided("gathered") is None):
+            return
+        self._members = members
+        revoked = {member.name for member in members if member.state == "revoked"}
+        for task in self.store.tasks():
+            if task.site in revoked and task.state in ("due", "sent"):
+                self.store.failed(task, REVOKED)
+            elif task.site in self.sites and (task.state, task.cause) == ("failed", REVOKED):
+                self.store.due(task)  # the coordinator invited it again
+        self.store.add(Task(kind="describe", site=site) for site in self.sites)
+        self.advance()
+
+    @property
+    def finished(self) -> bool:
+        """Whether no row is left to do, and nobody is awaited."""
+        return self.finished_without(())
+
+    def finished_without(self, away: Collection[str]) -> bool:
+        """Return whether nothing is left but the rows of late sites that are `away`."""
+        if len(self._open()) > len(self._given_up(away)):
+            return False
+        if self._gathering is None:
+            return True
+        invited = any(member.state == "invited" for member in self._members)
+        return self._gathered(self._rows()) and (self.overdue or not invited)
+
+    def give_up(self, away: Collection[str]) -> None:
+        """Fail the rows of late sites that are `away`."""
+        for task in self._given_up(away):
+            self.store.failed(task, "missing: the site was away when the study finished")
 
     def due(self) -> list[Task]:
         """Return the rows to send."""
         return [task for task in self.store.tasks() if task.state == "due"]
 
+    def missing(self) -> dict[str, str]:
+        """Return the sites that were invited and never answered, and why."""
+        return missing(self._members, self.store.tasks())
+
     def record(self, task: Task, reply: Message) -> None:
         """Store a reply before anything acts on it, then add the rows it makes possible."""
+        if self.store.state(task) not in ("due", "sent"):
+            return  # answered before, or its site was revoked meanwhile
         if isinstance(reply, Failure):
             self.store.failed(task, f"{reply.code} (reference {reply.reference})")
-        elif not self._answers(task, reply):
+        elif not _answers(task, reply):
             self.store.failed(task, "the reply is not the answer to this task")
+        elif isinstance(reply, DescribeReply) and (cause := self._objection(reply)):
+            self.store.failed(task, cause)
         else:
             self.store.done(task, reply)
         self.advance()
 
     def lost(self, task: Task, cause: str, *, final: bool = False) -> None:
         """The message or its answer was lost: due again, or failed after `MAX_TRIES`."""
+        if self.store.state(task) not in ("due", "sent"):
+            return
         if final or task.tries + 1 >= MAX_TRIES:
             self.store.failed(task, cause)
             self.advance()
@@ -121,199 +178,155 @@ class Study:
 
     def request(self, task: Task) -> Message:
         """Return the message of a row; the same row always asks the same."""
-        if task.kind == "describe" or task.cancer is None:
-            return DescribeRequest(task=task.id, study=self.config)
-        cancer, shared = task.cancer, self._shared(task.cancer)
-        if task.kind == "fit_expert":
-            start = self._average("fit_expert", cancer, task.round - 1) if task.round else None
-            return ExpertRequest(
-                task=task.id,
-                study=self.config,
-                cancer=cancer,
-                round=task.round,
-                shared=shared,
-                weights=start,
-            )
-        if task.kind == "score_sources":
-            sources = self.others(cancer)
-            return TransferRequest(
-                task=task.id,
-                study=self.config,
-                cancer=cancer,
-                sources=sources,
-                weights=self._experts(sources),
-            )
-        if task.kind == "fit_router":
-            sources = self.sources(cancer)
-            start = self._average("fit_router", cancer, task.round - 1) if task.round else None
-            return RouterRequest(
-                task=task.id,
-                study=self.config,
-                cancer=cancer,
-                round=task.round,
-                shared=shared,
-                sources=sources,
-                weights=self._experts(sources),
-                own=self._average("fit_expert", cancer, self.config.rounds - 1) if shared else None,
-                routers=start,
-            )
-        routers = self._average("fit_router", cancer, self.config.rounds - 1) if shared else None
-        return ReleaseRequest(task=task.id, study=self.config, cancer=cancer, routers=routers)
+        return self._questions.of(task)
 
     def advance(self) -> None:
         """Add every row that what is done makes possible."""
-        tasks = self.store.tasks()
-        rows: dict[tuple[Kind, Cancer | None, int], list[Task]] = defaultdict(list)
-        for task in tasks:
-            rows[task.kind, task.cancer, task.round].append(task)
-        if not _settled(rows["describe", None, 0]):
-            return
-        holders = self.holders()
-        new: list[Task] = []
+        rows = self._rows()
+        awaited = self._awaited(rows)
+        if any(member.cancers is None for member in awaited):
+            return  # it may hold anything: nobody knows yet what is shared
+        holders, experts = self.holders(), list[Task]()
         for cancer, sites in holders.items():
-            last = self._last_round(cancer)
-            new += _rounds("fit_expert", cancer, sites, last, rows)
-        banked = all(_settled(rows["fit_expert", c, self._last_round(c)]) for c in holders)
-        if banked and len(self.bank()) > 1:
-            for cancer in self.bank():
-                trained = _done(rows["fit_expert", cancer, self._last_round(cancer)])
-                new += [Task(kind="score_sources", site=t.site, cancer=cancer) for t in trained]
-                scored = rows["score_sources", cancer, 0]
-                if not _settled(scored):
-                    continue
-                last = self._last_round(cancer)
-                sites = [task.site for task in _done(scored)]
-                new += _rounds("fit_router", cancer, sites, last, rows)
-                routed = rows["fit_router", cancer, last]
-                if _settled(routed):
-                    new += [
-                        Task(kind="evaluate", site=t.site, cancer=cancer) for t in _done(routed)
-                    ]
-        self.store.add(new)
+            coming = {member.name for member in awaited if cancer in (member.cancers or ())}
+            self.decide(f"shared/{cancer}", lambda: sorted(coming.union(sites)))
+            experts += self._rounds("fit_expert", cancer, sites, rows, hold=bool(coming))
+        self._add(experts)
+        rows = self._rows()
+        self._decide_bank(rows)
+        if self.decided("bank") is not None:
+            self._add(task for cancer in holders for task in self._use_of_bank(cancer, rows))
 
-    def holders(self) -> dict[Cancer, list[str]]:
-        """Return the sites of each cancer, as they described themselves."""
-        sites: dict[Cancer, list[str]] = defaultdict(list)
-        for site, reply in self.descriptions().items():
-            for count in reply.cohorts:
-                sites[count.cancer].append(site)
-        return {cancer: sorted(sites[cancer]) for cancer in sorted(sites)}
+    def _add(self, tasks: Iterable[Task]) -> None:
+        self.store.add(task for task in tasks if task.site in self.sites)
 
-    def descriptions(self) -> dict[str, DescribeReply]:
-        """Return what each site said of itself."""
-        for task in self.store.tasks():
-            if (
-                task.kind == "describe"
-                and task.state == "done"
-                and task.site not in self._described
-            ):
-                self._described[task.site] = self.answer(task, DescribeReply)
-        return self._described
+    def _rounds(
+        self, kind: Kind, cancer: Cancer, sites: Iterable[str], rows: Rows, *, hold: bool = False
+    ) -> list[Task]:
+        """Complete the rounds that can be; return the rows of the round that may begin.
 
-    def answer(self, task: Task, kind: type[Reply]) -> Reply:
-        """Return the stored reply of a row that is done."""
-        reply = self.store.reply(task)
-        if not isinstance(reply, kind):
-            raise MessageError(task.id, f"the stored reply is not a {kind.__name__}")
-        return reply
-
-    def done(self, kind: Kind, cancer: Cancer | None = None) -> list[Task]:
-        """Return the rows of a kind that are done, in the final round of their cancer."""
+        Args:
+            kind: fit_expert or fit_router.
+            cancer: whose.
+            sites: that take part.
+            rows: the table.
+            hold: more sites are awaited in the first round.
+        """
+        last, number = self.last_round(cancer), 0
+        while number <= last and self.averaged(kind, cancer, number) is not None:
+            number += 1
+        if number <= last and _done(here := rows[kind, cancer, number]):
+            first = number == 0 and kind == "fit_expert"
+            if (_settled(here) and not (first and hold)) or (first and self._goes_on(rows)):
+                name = f"averaged/{kind}/{cancer}/{number}"
+                self.decide(name, lambda: sorted(task.site for task in _done(here)))
+                number += 1
+        under_way = 0 < number <= last and rows[kind, cancer, number]
+        if under_way:
+            return []  # who comes now joins the next round
+        number = min(number, last)
+        mine = [task for n in range(last + 1) for task in rows[kind, cancer, n]]
+        out = {task.site for task in mine if task.round == number or task.state != "done"}
         return [
-            task
-            for task in self.store.tasks()
-            if task.kind == kind
-            and task.state == "done"
-            and (cancer is None or task.cancer == cancer)
-            and task.round == self._final_round(task)
+            Task(kind=kind, site=site, cancer=cancer, round=number)
+            for site in sites
+            if site not in out
         ]
 
-    def bank(self) -> tuple[Cancer, ...]:
-        """Return the cancers whose expert is in the bank."""
-        return tuple(sorted({t.cancer for t in self.done("fit_expert") if t.cancer}))
+    def _use_of_bank(self, cancer: Cancer, rows: Rows) -> list[Task]:
+        """Return the rows of a target, from scoring the bank to the final evaluation."""
+        last = self.last_round(cancer)
+        if self.averaged("fit_expert", cancer) is None or not self.others(cancer):
+            return []
+        trained = _done(rows["fit_expert", cancer, last])
+        new = [Task(kind="score_sources", site=task.site, cancer=cancer) for task in trained]
+        scored = rows["score_sources", cancer, 0]
+        if self.decided(f"sources/{cancer}") is None:
+            if not _settled(scored) or not _done(scored):
+                return new
+            self.decide(f"sources/{cancer}", lambda: self.sources(cancer))
+        new += self._rounds("fit_router", cancer, [task.site for task in _done(scored)], rows)
+        if self.averaged("fit_router", cancer) is not None:
+            routed = _done(rows["fit_router", cancer, last])
+            new += [Task(kind="evaluate", site=task.site, cancer=cancer) for task in routed]
+        return new
 
-    def others(self, cancer: Cancer) -> tuple[Cancer, ...]:
-        """Return the cancers whose experts a target scores, in the order of its replies."""
-        return tuple(source for source in self.bank() if source != cancer)
+    def _awaited(self, rows: Rows) -> list[Member]:
+        """Return the sites whose description the study waits for."""
+        if self.decided("gathered") is not None or self._goes_on(rows):
+            return []
+        known = {t.site for t in rows["describe", None, 0] if t.state in ("done", "failed")}
+        return [
+            member
+            for member in self._members
+            if member.state in ("invited", "enrolled") and member.name not in known
+        ]
 
-    def sources(self, cancer: Cancer) -> tuple[Cancer, ...]:
-        """Return the experts chosen for a target: the union over its sites."""
-        chosen: set[Cancer] = set()
-        for task in self.done("score_sources", cancer):
-            reply = self.answer(task, TransferReply)
-            scores = {
-                source: [
-                    Estimate(c_index=row[i].c_index, se=row[i].se) for row in reply.training_scores
-                ]
-                for i, source in enumerate(self.others(cancer))
-            }
-            chosen.update(sources_for(scores, limit=self.config.max_sources))
-        return tuple(sorted(chosen))
+    def _goes_on(self, rows: Rows) -> bool:
+        """Return whether the deadline has passed with enough experts; note whose."""
+        if self.overdue and self._gathering and self.decided("gathered") is None:
+            given = {t.site for c in self.holders() for t in _done(rows["fit_expert", c, 0])}
+            if len(given) >= self._gathering.min_sites:
+                self.decide("gathered", lambda: sorted(given))
+                self.decide("goes_on", list)
+        return self.decided("goes_on") is not None
 
-    def _answers(self, task: Task, reply: Message) -> bool:
-        """Return whether a reply is of the task's kind, name and cancer."""
-        return (
-            isinstance(reply, _REPLIES[task.kind])
-            and reply.task in (task.id, "describe/any")
-            and getattr(reply, "cancer", task.cancer) == task.cancer
-            and getattr(reply, "site", task.site) == task.site
-        )
+    def _gathered(self, rows: Rows) -> bool:
+        """Return whether nobody is awaited."""
+        if self._gathering is None or self.decided("gathered") is not None:
+            return not self._awaited(rows)
+        return len(self.descriptions()) >= self._gathering.min_sites and not self._awaited(rows)
 
-    def _shared(self, cancer: Cancer) -> bool:
-        return len(self.holders()[cancer]) > 1
+    def _decide_bank(self, rows: Rows) -> None:
+        """Fix the bank, once nobody is awaited and every expert is there or has failed."""
+        if self.decided("bank") is not None or not self._gathered(rows):
+            return
+        for cancer in self.holders():
+            late = self._goes_on(rows) and self.averaged("fit_expert", cancer, 0) is None
+            numbers = range(self.last_round(cancer) + 1)
+            tasks = [task for n in numbers for task in rows["fit_expert", cancer, n]]
+            open_ = any(task.state in ("due", "sent") for task in tasks)
+            if self.averaged("fit_expert", cancer) is None and open_ and not late:
+                return
+        bank = self.bank()
+        if len(bank) > 1:
+            self.decide("gathered", lambda: sorted(self.descriptions()))
+            self.decide("bank", lambda: bank)
 
-    def _last_round(self, cancer: Cancer) -> int:
-        return self.config.rounds - 1 if self._shared(cancer) else 0
+    def _objection(self, reply: DescribeReply) -> str:
+        """Return why a site that describes itself so cannot take part; nothing if it can."""
+        ours, theirs = version("cropkt"), reply.versions.get("cropkt")
+        if theirs is not None and not together(ours, theirs):
+            return f"the coordinator runs cropkt {ours}, the site cropkt {theirs}"
+        invited = next((m.cancers for m in self._members if m.name == reply.site), None)
+        extra = {count.cancer for count in reply.cohorts} - set(invited or Cancer)
+        if extra:
+            return f"it describes {' '.join(sorted(extra))}, for which it was not invited"
+        return ""
 
-    def _final_round(self, task: Task) -> int:
-        rounds = task.kind in ("fit_expert", "fit_router") and task.cancer is not None
-        return self._last_round(task.cancer) if rounds and task.cancer else 0
+    def _given_up(self, away: Collection[str]) -> list[Task]:
+        """Return the rows of late sites that are away, once the deadline has passed."""
+        late = set(away) - set(self.decided("gathered") or ()) if self.overdue else set()
+        return [task for task in self._open() if task.site in late]
 
-    def _experts(self, cancers: Iterable[Cancer]) -> Weights:
-        """Return the bank's experts as rows (cancers, parameters)."""
-        rows = []
-        for cancer in cancers:
-            stack = self._average("fit_expert", cancer, self._last_round(cancer))
-            published = self.config.source == "fold_0" and len(stack) > 1
-            rows.append(stack[1 if published else 0])
-        return np.stack(rows)
+    def _open(self) -> list[Task]:
+        return [task for task in self.store.tasks() if task.state in ("due", "sent")]
 
-    def _average(self, kind: Kind, cancer: Cancer, number: int) -> Weights:
-        """Return the average by events of a round's models, rows (F, parameters)."""
-        key = (kind, cancer, number)
-        if key not in self._averages:
-            replies = [
-                self.store.reply(task)
-                for task in self.store.tasks()
-                if (task.kind, task.cancer, task.round, task.state) == (*key, "done")
-            ]
-            models = [r for r in replies if isinstance(r, ExpertReply | RouterReply)]
-            weight = np.array([float(model.events) for model in models])
-            weight = (
-                weight / weight.sum() if weight.sum() else np.full(len(models), 1 / len(models))
-            )
-            total = np.zeros(models[0].weights.shape, dtype=np.float64)
-            for share, model in zip(weight, models, strict=True):
-                total += share * model.weights
-            self._averages[key] = total.astype(np.float32)
-        return self._averages[key]
+    def _rows(self) -> Rows:
+        rows: dict[tuple[Kind, Cancer | None, int], list[Task]] = defaultdict(list)
+        for task in self.store.tasks():
+            rows[task.kind, task.cancer, task.round].append(task)
+        return rows
 
 
-def _rounds(
-    kind: Kind,
-    cancer: Cancer,
-    sites: Iterable[str],
-    last: int,
-    rows: dict[tuple[Kind, Cancer | None, int], list[Task]],
-) -> list[Task]:
-    """Return the rows of the next round, for the sites that came through the one before."""
-    new = [Task(kind=kind, site=site, cancer=cancer) for site in sites]
-    for number in range(1, last + 1):
-        before = rows[kind, cancer, number - 1]
-        if not _settled(before):
-            break
-        new += [Task(kind=kind, site=t.site, cancer=cancer, round=number) for t in _done(before)]
-    return new
+def _answers(task: Task, reply: Message) -> bool:
+    """Return whether a reply is of the task's kind, name, cancer and site."""
+    return (
+        isinstance(reply, ANSWERS[task.kind])
+        and reply.task in (task.id, "describe/any")
+        and getattr(reply, "cancer", task.cancer) == task.cancer
+        and getattr(reply, "site", task.site) == task.site
+    )
 
 
 def _settled(tasks: list[Task]) -> bool:

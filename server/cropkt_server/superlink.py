@@ -104,6 +104,7 @@ class SuperLink:
             fix = "Move it away: it is made anew from the roster"
             raise ConfigError(path, f"cannot be used ({type(error).__name__})", fix) from None
         self._listener: Listener | None = None
+        self._closed = threading.Event()
         self._end_runs()
         self.reconcile()
 
@@ -150,6 +151,7 @@ class SuperLink:
         Raises:
             ConfigError: the port is taken, or the address is not this machine's.
         """
+        self._closed = enrolment.closed
         door = PublicDoor(self._fleet(), enrolment, self)
         self._listener = Listener(door, enrolment.keys, host=host, port=port)
         return self._listener.port
@@ -158,6 +160,15 @@ class SuperLink:
     def port(self) -> int | None:
         """The port on which sites are answered, while they are."""
         return None if self._listener is None else self._listener.port
+
+    def say_closed(self) -> None:
+        """Tell every site that asks from now on that the study is over."""
+        self._closed.set()
+
+    @property
+    def says_closed(self) -> bool:
+        """Whether sites are told that the study is over."""
+        return self._closed.is_set()
 
     def stop(self) -> None:
         """Stop listening, and leave no thread and no file open."""

@@ -91,7 +91,7 @@ def run(
     ),
     endpoint: Annotated[Endpoint, typer.Option(help="Which outcome of the table.")] = Endpoint.DSS,
     folds: Annotated[
-        int | None, typer.Option(min=2, max=10, help="Cross-validation folds.")
+        int | None, typer.Option(min=3, max=10, help="Cross-validation folds.")
     ] = None,
     split: Annotated[Split, typer.Option(help="Folds by patient, or by hospital.")] = (
         Split.stratified

@@ -112,6 +112,7 @@ def prepare(
                 "--data synthetic", "draws its own patients", "Drop --outcomes and --features"
             )
         inputs |= {"seed": seed, "programs": programs, "patches": patches}
+        inputs["settings"] = synthetic.settings()
         read = partial(_synthetic, chosen, seed=seed, programs=programs, patches=patches)
     else:
         table = _table(data, outcomes)

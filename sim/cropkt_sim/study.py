@@ -17,15 +17,16 @@ from cropkt.report.schema import Planted as PlantedResult
 from cropkt.report.schema import Results
 from cropkt.report.tables import summary_lines, summary_table
 from cropkt.report.write import write_report
+from cropkt_server.progress import shown
 from cropkt_server.results import results
 from cropkt_server.settings import Settings, save_settings
 from cropkt_server.study import Study
 from cropkt_sim.engine import Engine, simulate
 from cropkt_sim.presets import Data, Preset, study_for
-from cropkt_sim.progress import shown
 from cropkt_sim.sites import Prepared, prepare
 from cropkt_sim.synthetic import Planted
 
+PAGE = 120  # characters of a line where no terminal says
 POLL = 0.02  # seconds between looks at the grid
 
 
@@ -57,12 +58,17 @@ def run_study(options: Options) -> None:
         CropktError: bad input, before anything is run; or rows of the study failed.
     """
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PAGE  # a file or pipe has no width of its own
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     started = time.monotonic()
+    cancers = _cancers(options.cancers)
+    if cancers is not None and len(cancers) < 2:
+        raise UsageError("--cancers", "transfer needs at least two cancers", "Name another")
     prepared = prepare(
         data=options.data,
         folder=options.out,
-        cancers=_cancers(options.cancers),
+        cancers=cancers,
         seed=options.seed,
         outcomes=options.outcomes,
         features=options.features,
@@ -74,7 +80,9 @@ def run_study(options: Options) -> None:
     for note in prepared.notes:
         console.print(note, soft_wrap=True)
     if len(prepared.cancers) < 2:
-        raise UsageError("--cancers", "transfer needs at least two cancers", "Name another")
+        raise UsageError(
+            "data", "holds one cancer, and transfer needs two", "Add another's patients"
+        )
     settings = Settings(
         name=f"{options.data}-{options.seed}", sites=prepared.names, study=_study(options, prepared)
     )

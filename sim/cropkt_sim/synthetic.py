@@ -1,10 +1,10 @@
 """Synthetic patch bags of the 26 cancers, with a planted truth about who can help whom.
 
 A few histological programs are directions in feature space. Every patient of every cancer has an
-activity of each program, ~ N(0, 1) of the one that alone decides the cancer's risk and half of
-that of the others. Cancers with the same deciding program are relatives: an expert of one serves the other, and
-any other expert sees variation that means nothing there. For patient i of cancer c at hospital h,
-patch j is
+activity of each program: ~ N(0, 1) of the one that alone decides the cancer's risk, half as much
+of the others. Cancers with the same deciding program are relatives: an expert of one serves the
+other, and any other expert sees variation that means nothing there. For patient i of cancer c at
+hospital h, patch j is
 
     x = noise + offset[c] + batch[h]                                            (most patches)
     x = noise + offset[c] + batch[h] + marker + sum_p activity[i, p] program[p]  (tumour patches)
@@ -42,11 +42,10 @@ PROGRAMS: dict[str, tuple[Cancer, ...]] = {
     name: tuple(map(Cancer, codes.split()))
     for name, codes in {
         "squamous": "BLCA CESC HNSC LUNG THYM",
-        "renal": "ACC KIPAN THCA",
+        "sarcomatoid": "ACC DLBC KIPAN MESO SARC THCA",
         "neural crest": "PCPG SKCM UVM",
         "hormonal": "BRCA OV PRAD TGCT UCEC UCS",
         "gastro-intestinal": "CHOL COADREAD LIHC PAAD STES",
-        "mesenchymal": "DLBC MESO SARC",
         "glial": "GBMLGG",
     }.items()
 }
@@ -115,6 +114,12 @@ def draw_cohort(
     )
     by_slide = {row.slides[0]: bag for row, bag in zip(rows, bags, strict=True)}
     return SyntheticCohort(cancer=cancer, patients=Patients(rows=rows, bags=by_slide), risk=risk)
+
+
+def settings() -> dict[str, object]:
+    """Return every constant that decides what is drawn: other settings, other patients."""
+    constants = (ACTIVITY, BATCH, DIM, EFFECT, FOLLOW_UP, IDLE, MARKER, OFFSET, SHAPE, TUMOUR)
+    return {"constants": constants, "programs": PROGRAMS}
 
 
 def relatives_of(cancer: Cancer, among: Sequence[Cancer]) -> list[str]:

@@ -69,6 +69,19 @@ def test_help_imports_nothing_heavy() -> None:
     assert out.stdout.splitlines()[-1] == "[]"
 
 
+def test_serving_loads_no_torch(config: Path) -> None:
+    """Torch is for the child that trains: the client itself lives for weeks."""
+    code = (
+        "import sys; import cropkt_client.executor, cropkt_client.serve\n"
+        "from cropkt_client.cli import app\n"
+        "for command in ('status', 'stop'):\n"
+        f"    app([command, '--config', {str(config)!r}], standalone_mode=False)\n"
+        "print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "False"
+
+
 def test_without_options_it_shows_its_help() -> None:
     code, said = run()
     assert code == 64
@@ -99,10 +112,11 @@ def test_a_site_that_never_enrolled_is_told_how(config: Path) -> None:
         (["--site", "amc", *BOTH], 78, "its site is lumc, not amc"),
         (["--site", "lumc", "--cancer", "XYZ"], 64, "unknown code 'XYZ'"),
         (
-            ["--site", "lumc", "--cancer", "UVM"],
+            ["--site", "lumc", "--cancer", "UVM", "--cancer", "KIPAN"],
             78,
-            "it serves SKCM UVM, the command line says UVM",
+            "its cancers are SKCM UVM; KIPAN is not among them",
         ),
+        (["--site", "lumc", "--cancer", "UVM"], 78, "ca.pem: missing"),  # a part may be served
         (["--site", "lumc"], 64, "--site lumc --cancer UVM --cancer SKCM"),
         (["--site", "lumc", *BOTH, "--device", "tpu"], 64, "unknown device 'tpu'"),
         (["--site", "lumc", *BOTH], 78, "ca.pem: missing"),

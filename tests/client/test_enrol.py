@@ -37,13 +37,14 @@ from typer.testing import CliRunner
 
 import cropkt
 from cropkt.bundle import bundle_hash
-from cropkt.errors import ConfigError
+from cropkt.errors import ConfigError, UnavailableError
 from cropkt.invite import Invite, encode_invite
-from cropkt_client import supernode
+from cropkt_client import serve
 from cropkt_client.cli import app
-from cropkt_client.enrol import Coordinator, Enrolment, Keys, UnavailableError, join
+from cropkt_client.enrol import Enrolment, Keys, join
+from cropkt_client.link import Coordinator
 from cropkt_client.log import LOG_NAME, read_status
-from cropkt_client.site import Site, SiteConfig
+from cropkt_client.settings import SiteConfig, read_settings
 
 CLIENT = [sys.executable, "-c", "from cropkt_client.cli import main; main()"]
 SERVE = ["--site", "lumc", "--cancer", "UVM"]
@@ -249,7 +250,7 @@ def test_the_template_documents_every_field_and_loads(joined: Path) -> None:
     text = joined.read_text()
     for item in fields(SiteConfig):
         assert f"\n{item.name}:" in text or f"\n# {item.name}:" in text
-    loaded = Site.load(joined).config
+    loaded = read_settings(joined)
     assert (loaded.site, list(loaded.cancers)) == ("lumc", ["UVM"])
 
 
@@ -420,6 +421,13 @@ def test_a_closed_study_ends_the_client_with_0(toy: Toy, joined: Path) -> None:
     assert "the study is closed" in said
 
 
+def test_a_device_that_is_not_there_is_said_before_the_first_task(toy: Toy, joined: Path) -> None:
+    code, said = run(*SERVE, "--config", joined, "--device", "cuda:9")
+    assert code == 64
+    assert "torch finds no cuda:9 on this machine, only" in said
+    assert "no cuda:9" in (joined.parent / "state" / LOG_NAME).read_text()
+
+
 @pytest.mark.parametrize("ahead", [-600, 600])
 def test_a_clock_that_is_off_is_said(toy: Toy, joined: Path, ahead: int) -> None:
     toy.hello, toy.closed_after = {"time": time.time() - ahead}, 0
@@ -444,7 +452,7 @@ def test_a_client_in_the_background_says_what_it_does_and_is_stopped(
     )
     assert started.returncode == 0, started.stderr
     assert "serving in the background" in started.stdout
-    pid = supernode.running(state)
+    pid = serve.running(state)
     assert pid is not None
     try:
         code, said = run("status", "--config", joined, "--json")
@@ -465,7 +473,7 @@ def test_a_client_in_the_background_says_what_it_does_and_is_stopped(
     finally:
         code, said = run("stop", "--config", joined)
     assert (code, said.strip()) == (0, "stopped")
-    assert supernode.running(state) is None
+    assert serve.running(state) is None
     _until(lambda: not any(child.is_running() for child in children))
     code, said = run("status", "--config", joined)
     assert (code, "not running" in said) == (3, True)
@@ -478,7 +486,7 @@ def test_a_killed_client_leaves_no_orphan_and_no_lock(toy: Toy, joined: Path) ->
     children = psutil.Process(client.pid).children(recursive=True)
     client.send_signal(signal.SIGKILL)
     client.wait()
-    assert supernode.running(state) is None
+    assert serve.running(state) is None
     _until(lambda: not any(child.is_running() for child in children))
 
 
@@ -501,7 +509,7 @@ def test_a_coordinator_that_comes_late_or_goes_is_waited_for(
 ) -> None:
     state = joined.parent / "state"
     for name, seconds in (("POLL", 0.2), ("POLL_LOST", 0.2)):
-        monkeypatch.setattr(supernode, name, seconds)
+        monkeypatch.setattr(serve, name, seconds)
     port = int(toy.host.rpartition(":")[2])
     toy.stop()
     story: list[str] = []

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
-from flwr.app import Context, Error, Message
-from flwr.app import UserConfig
+from flwr.app import Context, Error, Message, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.fab import Fab

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from cropkt.errors import ConfigError, UsageError
 from cropkt_client import supernode
 from cropkt_client.log import LOG_NAME, Status, open_log, read_status
-from cropkt_client.supernode import SuperNode, _quoted, locked, running, settle_environment
+from cropkt_client.serve import locked, running
+from cropkt_client.supernode import SuperNode, _quoted, settle_environment
 
 REFUSED = "print('ERROR: Exit Code: 305'); print('[code: 2004] no'); raise SystemExit(1)"
 CUT_OFF = "print('INFO : SuperNode terminated gracefully.')"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def run(folder: Path, outcomes: Path, *features: Path, **changed: Any) -> Prepar
 def cohort_of(prepared: Prepared, index: int) -> tuple[Any, tuple[str, ...]]:
     site = Site.load(prepared.folder / str(index) / "site.yaml")
     study = with_shape(StudyConfig(), dim=prepared.dim)
-    return site.cohort(prepared.cancers[index], study, check_values=True)
+    return site.cohort(prepared.cancers[index], study)
 
 
 def save(path: Path, features: NDArray[np.floating]) -> None:
@@ -72,6 +73,16 @@ def save(path: Path, features: NDArray[np.floating]) -> None:
 # --- real features of real slides -------------------------------------------------------------
 
 
+@cache
+def read_hif() -> tuple[list[str], list[list[str]], NDArray[np.float64]]:
+    """Return column names, cells and features (slides, 607), gaps as NaN."""
+    with gzip.open(HIF, "rt", newline="") as file:
+        header, *rows = list(csv.reader(file))
+    first = header.index("OS.time") + 1
+    values = np.array([[float(c) if c else np.nan for c in row[first:]] for row in rows])
+    return header[:first], [row[:first] for row in rows], values
+
+
 def write_hif(folder: Path, *, only: str = "", gaps: bool = False) -> tuple[Path, Path]:
     """Write the real slides out as a release has them; return outcomes and slide folder.
 
@@ -80,11 +91,8 @@ def write_hif(folder: Path, *, only: str = "", gaps: bool = False) -> tuple[Path
     slides, or with `gaps` stay NaN, which the loader must refuse. Slides without a positive
     DSS time or a DSS flag are left out, as no outcome table could hold them.
     """
-    with gzip.open(HIF, "rt", newline="") as file:
-        header, *rows = list(csv.reader(file))
-    first = header.index("OS.time") + 1
-    column = {name: i for i, name in enumerate(header[:first])}
-    values = np.array([[float(c) if c else np.nan for c in row[first:]] for row in rows])
+    header, rows, values = read_hif()
+    column = {name: i for i, name in enumerate(header)}
     if not gaps:
         values = np.where(np.isnan(values), np.nanmedian(values, axis=0), values)
     lines = [HEADER]

@@ -34,7 +34,7 @@ def study() -> StudyConfig:
     return StudyConfig(
         folds=3,
         shape=ExpertShape(dim=6, embed=8, attention=4),
-        training=TrainingConfig(epochs=4, batch=8, learning_rate=1e-2),
+        training=TrainingConfig(epochs=12, batch=8, learning_rate=1e-2),
         router=RouterConfig(epochs=3, batch=8, learning_rate=3e-3, top_k=2),
     )
 
@@ -72,7 +72,7 @@ def sources(shape: ExpertShape, make_cohort, study) -> Abmil:
 @pytest.fixture(scope="session")
 def make_scene(make_cohort, sources) -> Callable[..., Scene]:
     def make(study: StudyConfig, cohort: Cohort | None = None) -> Scene:
-        cohort, plan = cohort or make_cohort(), Plan.cross_fitted(FOLDS)
+        cohort, plan = cohort or make_cohort(effect=2.0), Plan.cross_fitted(FOLDS)
         initial = Abmil.initial(
             study.shape, seed=1, hazard=study.initial_hazard, models=len(plan.excluded)
         )

@@ -53,7 +53,7 @@ def test_equals_the_definition(own_heads, renormalise, top_k) -> None:
     router = drawn(Roupkt(SHAPE, experts=4, models=2, own_heads=own_heads))
     router.prior.copy_(torch.randn(2, 4))
     features = torch.rand(2, 4, 4, SHAPE.embed)
-    config = RouterConfig(top_k=top_k, renormalise=renormalise)
+    config = RouterConfig(top_k=top_k, renormalise=renormalise, keep_own=False)
     out = router.outputs(bags(), features, config)
     for f in range(2):
         assert torch.allclose(out.logits[f], speak(router, f, out, features, config), atol=1e-5)
@@ -64,7 +64,7 @@ def test_equals_the_definition(own_heads, renormalise, top_k) -> None:
 def test_top_k_and_renormalise(experts, top_k, renormalise) -> None:
     router = drawn(Roupkt(SHAPE, experts=experts, models=2))
     router.prior.copy_(torch.randn(2, experts))
-    config = RouterConfig(top_k=top_k, renormalise=renormalise)
+    config = RouterConfig(top_k=top_k, renormalise=renormalise, keep_own=False)
     out = router.outputs(bags(), torch.rand(2, experts, 4, SHAPE.embed), config)
     assert torch.allclose(out.gates.sum(2), torch.ones(2, 4))
     used = out.weights > 0
@@ -121,7 +121,7 @@ def test_the_published_widths_have_the_published_size() -> None:
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_a_warm_start_is_the_gated_vote_of_the_experts(renormalise) -> None:
     own, sources = drawn(Abmil(SHAPE, models=2), 1), drawn(Abmil(SHAPE, models=3), 2)
-    packed, config = bags(), RouterConfig(top_k=2, renormalise=renormalise)
+    packed, config = bags(), RouterConfig(top_k=2, renormalise=renormalise, keep_own=False)
     mine, theirs = own.outputs(packed), sources.outputs(packed)
     features = torch.cat([mine.features[:, None], theirs.features.expand(2, -1, -1, -1)], 1)
     votes = torch.cat([mine.logits[:, None], theirs.logits.expand(2, -1, -1, -1)], 1)
@@ -206,3 +206,13 @@ def test_dropout_is_each_router_s_own() -> None:
 
     assert torch.equal(logits(1, 2)[1], logits(3, 2)[1])
     assert not torch.equal(logits(1, 2)[0], logits(3, 2)[0])
+
+
+def test_the_own_expert_is_always_heard() -> None:
+    module = Roupkt.initial(SHAPE, experts=4, models=1, seed=0, config=RouterConfig())
+    module.prior[:, 0] = -5.0
+    features = torch.rand(1, 4, bags().count, SHAPE.embed)
+    for keep_own in (True, False):
+        out = module.outputs(bags(), features, RouterConfig(top_k=2, keep_own=keep_own))
+        assert ((out.weights[..., 0] > 0) == keep_own).all()
+        assert ((out.weights > 0).sum(2) == 2).all()

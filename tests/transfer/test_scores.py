@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cropkt.survival.metrics import Estimate, Pairs, concordance
+from cropkt.survival.metrics import Pairs, concordance
 from cropkt.transfer.scores import shrunken, standardised, training_scores, zero_shot
 
 
@@ -103,35 +103,52 @@ def test_standardised_by_the_reference_patients_only() -> None:
     assert got.tolist() == [[-1, 1, 98], [0, 0, 0]]  # a constant says nothing
 
 
-estimates = st.lists(
-    st.builds(Estimate, c_index=st.none() | st.floats(0, 1), se=st.floats(0, 0.5)),
-    min_size=1,
-    max_size=8,
+scores = st.lists(
+    st.tuples(st.just(np.nan) | st.floats(0, 1), st.floats(0.01, 0.5)), min_size=1, max_size=8
 )
 
 
-@given(scores=estimates)
-def test_shrunken_lies_between_the_mean_and_the_score(scores) -> None:
-    known = [s.c_index for s in scores if s.c_index is not None]
-    mean = np.mean(known) if known else 0.5
-    for value, score in zip(shrunken(scores), scores, strict=True):
-        if score.c_index is None:
-            assert value == pytest.approx(mean)
-        else:
-            low, high = sorted([mean, score.c_index])
-            assert low - 1e-12 <= value <= high + 1e-12
+@given(scores=scores)
+def test_shrunken_keeps_the_order_within_one_error_and_never_overshoots(scores) -> None:
+    c_index, error = np.array(scores).T
+    value = shrunken(c_index, error)
+    known = np.isfinite(c_index)
+    if not known.any():
+        assert (value == 0.5).all()
+        return
+    low, high = c_index[known].min(), c_index[known].max()
+    assert ((value >= low - 1e-9) & (value <= high + 1e-9)).all()
+    same = shrunken(c_index, np.full(len(c_index), 0.1))
+    order = np.argsort(c_index[known], kind="stable")
+    assert (np.diff(same[known][order]) >= 0).all()
 
 
 def test_shrunken_limits() -> None:
     def of(*pairs):
-        return shrunken([Estimate(c_index=c, se=se) for c, se in pairs]).tolist()
+        return shrunken(*np.array(pairs, dtype=float).T).tolist()
 
-    assert of((0.5, 0.0), (0.7, 0.0)) == pytest.approx([0.5, 0.7])  # certain: as measured
-    assert of((0.5, 0.4), (0.7, 0.4)) == pytest.approx([0.6, 0.6])  # noise: all the same
+    assert of((0.5, 1e-3), (0.7, 1e-3)) == pytest.approx([0.5, 0.7], abs=1e-4)  # as measured
+    equal = of((0.5, 0.4), (0.7, 0.4))  # noise: all the same, but for a trace of the order
+    assert equal == pytest.approx([0.6, 0.6], abs=1e-5)
+    assert equal[0] < equal[1]
     assert of((0.55, 0.1)) == pytest.approx([0.55])
-    assert of((None, None), (None, None)) == [0.5, 0.5]
-    assert of((0.5, 0.01), (None, None), (0.7, 0.01))[1] == pytest.approx(0.6)
-    # var .01 between, noise .01^2 and .1^2: by hand, trust .00495/(.00495 + se^2).
-    trust = [0.00495 / (0.00495 + se**2) for se in (0.01, 0.1)]
-    expected = [0.6 - trust[0] * 0.1, 0.6 + trust[1] * 0.1]
-    assert of((0.5, 0.01), (0.7, 0.1)) == pytest.approx(expected)
+    assert of((np.nan, np.nan), (np.nan, np.nan)) == [0.5, 0.5]
+    assert of((0.5, 0.01), (np.nan, 0.1), (0.7, 0.01))[1] == pytest.approx(0.6)
+    # One wild score must not hide what the others say.
+    wild = of((0.95, 0.5), (0.75, 0.01), (0.30, 0.01))
+    assert wild[1] > 0.7
+    assert wild[2] < 0.35
+    # An error of 0, as one lucky pair gives, is no certainty.
+    assert of((1.0, 0.0), (0.6, 0.02), (0.6, 0.02))[0] < 0.7
+
+
+def test_shrunken_is_dersimonian_and_laird() -> None:
+    c_index, error = np.array([0.55, 0.62, 0.7]), np.array([0.02, 0.03, 0.05])
+    weight = error**-2
+    fixed = (weight * c_index).sum() / weight.sum()
+    q = (weight * (c_index - fixed) ** 2).sum()
+    between = (q - 2) / (weight.sum() - (weight**2).sum() / weight.sum())
+    total = 1 / (between + error**2)
+    centre = (total * c_index).sum() / total.sum()
+    expected = centre + between / (between + error**2) * (c_index - centre)
+    assert shrunken(c_index, error).tolist() == pytest.approx(expected.tolist())

@@ -9,7 +9,7 @@ import torch
 from cropkt.cohort.bags import PackedBags
 from cropkt.experts.abmil import Abmil, flatten
 from cropkt.experts.bank import Opinions
-from cropkt.survival.metrics import concordance
+from cropkt.survival.metrics import concordance, leads
 from cropkt.transfer.scores import shrunken
 from cropkt.transfer.target import Target, subset_of
 
@@ -88,8 +88,9 @@ def test_prior_is_the_shrunken_transfer(scene) -> None:
     prior = target.prior(scene.opinions, router)
     assert prior.shape == (4, 4)
     for view in range(4):
-        scores = [target.local_score(view), *target.source_scores(scene.opinions)[view]]
-        value = shrunken(scores)
+        seen = target.pairs.inside(target.folds).within(target.folds != view - 1)
+        risks = np.stack([target.local_risk(view), *scene.opinions[view].risk])
+        value = shrunken(*leads(seen, risks))
         expected = router.prior_strength * (value - value.max())
         assert prior[view].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
         assert prior[view].max() == 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -26,11 +27,25 @@ LOOK = 0.25  # seconds between looks at the table
 
 
 @contextmanager
-def shown(folder: Path, console: Console) -> Iterator[None]:
-    """Show the study in `folder` while the block runs."""
+def shown(
+    folder: Path, console: Console, *, say: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Show the study in `folder` while the block runs.
+
+    Args:
+        folder: the study's.
+        console: for bars, if it is a terminal.
+        say: takes the lines if it is none, instead of the console.
+    """
     stop = threading.Event()
-    show = _bars if console.is_terminal else _lines
-    thread = threading.Thread(target=show, args=(folder, console, stop), daemon=True)
+
+    def show() -> None:
+        if console.is_terminal:
+            _bars(folder, console, stop)
+        else:
+            _lines(folder, say or partial(console.print, highlight=False, soft_wrap=True), stop)
+
+    thread = threading.Thread(target=show, name="cropkt-progress", daemon=True)
     thread.start()
     try:
         yield
@@ -85,7 +100,7 @@ def _progress() -> Progress:
     )
 
 
-def _lines(folder: Path, console: Console, stop: threading.Event) -> None:
+def _lines(folder: Path, say: Callable[[str], None], stop: threading.Event) -> None:
     """A line when a stage is complete, and one for every failure."""
     told: set[str] = set()
     while True:
@@ -94,14 +109,13 @@ def _lines(folder: Path, console: Console, stop: threading.Event) -> None:
         for task in tasks:
             if task.state == "failed" and task.id not in told:
                 told.add(task.id)
-                console.print(f"{task.id} failed: {task.cause}", highlight=False, soft_wrap=True)
+                say(f"{task.id} failed: {task.cause}")
         states = Counter((task.kind, task.state in ("done", "failed")) for task in tasks)
         for stage, following in zip(STAGES, [*STAGES[1:], ""], strict=True):
             complete = states[stage, True] and not states[stage, False]
             over = last or any(task.kind == following for task in tasks)
             if complete and over and stage not in told:
                 told.add(stage)
-                text = f"{stage.replace('_', ' ')}: {states[stage, True]} done"
-                console.print(text, highlight=False)
+                say(f"{stage.replace('_', ' ')}: {states[stage, True]} done")
         if last:
             return

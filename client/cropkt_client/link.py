@@ -1,0 +1,244 @@
+"""What this site says to the coordinator beside Flower, and why a connection failed.
+
+The only thing that crosses an unverified connection is the CA certificate, and it counts only if
+its SHA-256 is the one in the invite. Everything else travels over TLS verified by exactly that CA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import ssl
+import time
+import urllib.request
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from typing import Annotated, Any, TypeVar
+
+import httpx
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization as ser
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+import cropkt
+from cropkt.bundle import bundle_hash
+from cropkt.cancers import Cancer
+from cropkt.errors import CropktError, RefusedError, UnavailableError, VersionMismatchError
+from cropkt.invite import Invite
+from cropkt.messages import PROTOCOL, SiteName
+
+MAX_SKEW = 300.0  # seconds; Flower refuses signatures that are older
+NEW_INVITE = "Ask the coordinator for a new invite"
+_NO_COORDINATOR = "Check that this is the coordinator's host and port, and that it runs"
+_SAME_VERSION = "Install the coordinator's version of cropkt"
+_MAX_BODY = 1 << 16
+_TIMEOUT = httpx.Timeout(20.0, connect=10.0)
+_LENIENT = ConfigDict(extra="ignore")  # a newer coordinator may say more
+
+Key32 = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{43}=$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Told = TypeVar("Told")
+
+
+@dataclass(frozen=True, kw_only=True, config=_LENIENT)
+class Hello:
+    """What the coordinator says to everybody."""
+
+    study: SiteName
+    cropkt: str
+    protocol: int
+    flwr: str
+    bundle: Sha256
+    time: float  # unix seconds
+    closed: bool = False  # the study is over
+
+
+@dataclass(frozen=True, kw_only=True, config=_LENIENT)
+class Accepted:
+    """The coordinator's answer to an enrolment."""
+
+    study: SiteName
+    site: SiteName
+    cancers: tuple[Cancer, ...]
+    coordinator_key: Key32  # base64 of the raw Ed25519 public key
+    bundle: Sha256  # the only Flower bundle this site answers to
+
+
+class Coordinator:
+    """The coordinator's own HTTPS routes. Proxy variables are honoured."""
+
+    def __init__(self, host: str, ca_pem: bytes | None) -> None:
+        """Pin the CA; None verifies nothing, which is for fetching the CA alone."""
+        self._host = host
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if ca_pem is None:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        else:
+            context.load_verify_locations(cadata=ca_pem.decode("ascii"))
+        self._verify = context
+
+    @classmethod
+    def pinned(cls, invite: Invite) -> tuple[Coordinator, bytes]:
+        """Return the coordinator of an invite, and the PEM of its CA.
+
+        Raises:
+            RefusedError: the CA it offers is not the invite's.
+            UnavailableError: it cannot be reached.
+        """
+        offered = cls(invite.host, None)._ask("GET", "/v1/cropkt/ca")
+        with suppress(ValueError):
+            certificate = x509.load_pem_x509_certificate(offered)
+            der = certificate.public_bytes(ser.Encoding.DER)
+            if hashlib.sha256(der).hexdigest() == invite.ca:
+                # Of what was sent, only the certificate that was compared goes on.
+                pem = certificate.public_bytes(ser.Encoding.PEM)
+                return cls(invite.host, pem), pem
+        problem = "its certificate authority is not the one in the invite"
+        raise RefusedError(invite.host, problem, f"Somebody may listen in. {NEW_INVITE}")
+
+    def hello(self) -> Hello:
+        """Return what the coordinator says of itself and the study.
+
+        Raises:
+            RefusedError: its certificate is not to be trusted.
+            UnavailableError: it cannot be reached.
+            VersionMismatchError: its answer is not understood.
+        """
+        return self._understood(Hello, self._ask("GET", "/v1/cropkt/hello"))
+
+    def enrol(self, invite: Invite, public_keys: Mapping[str, str]) -> Accepted:
+        """Redeem the invite.
+
+        Raises:
+            RefusedError: the coordinator says no, or answers for another site or study.
+            UnavailableError: it cannot be reached; the same command may be repeated.
+            VersionMismatchError: the two sides run versions that do not go together.
+        """
+        body = {
+            "token": invite.token,
+            "site": invite.site,
+            **public_keys,
+            "cropkt": cropkt.__version__,
+            "protocol": PROTOCOL,
+            "flwr": version("flwr"),
+        }
+        answer = self._understood(Accepted, self._ask("POST", "/v1/cropkt/enrol", body))
+        if (answer.site, answer.study) != (invite.site, invite.study):
+            raise RefusedError(self._host, "it answered for another site or study", NEW_INVITE)
+        return answer
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+        content = bytearray()
+        try:
+            with (
+                httpx.Client(verify=self._verify, timeout=_TIMEOUT) as client,
+                client.stream(method, f"https://{self._host}{path}", json=body) as response,
+            ):
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    if len(content) > _MAX_BODY:
+                        problem = "its answer is too long"
+                        raise UnavailableError(self._host, problem, _NO_COORDINATOR)
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise _explained(error, self._host) from None
+        if response.status_code == 200:
+            return bytes(content)
+        raise self._refusal(response.status_code, bytes(content))
+
+    def _refusal(self, status: int, content: bytes) -> CropktError:
+        problem, code = f"it answered with HTTP status {status}", ""
+        if status == 404 or status >= 500:
+            return UnavailableError(self._host, problem, _NO_COORDINATOR)
+        with suppress(ValueError, KeyError, TypeError):
+            told = json.loads(content)
+            shown = "".join(c if c.isprintable() else " " for c in str(told["message"]))[:300]
+            problem, code = f"the coordinator refuses: {shown.strip().rstrip('.')}", told["code"]
+        if status == 429:
+            return UnavailableError(self._host, problem)
+        kind = VersionMismatchError if code == "version" else RefusedError
+        return kind(self._host, problem)
+
+    def _understood(self, kind: type[Told], content: bytes) -> Told:
+        try:
+            return TypeAdapter(kind).validate_json(content)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"][:1])) or "all of it"
+            problem = f"its answer is not understood ({where})"
+            raise VersionMismatchError(self._host, problem, _SAME_VERSION) from None
+
+
+def check_versions(hello: Hello) -> None:
+    """Compare the coordinator's versions with those installed here.
+
+    Raises:
+        VersionMismatchError: names both.
+    """
+    mine = {"cropkt": cropkt.__version__, "protocol": PROTOCOL, "bundle": bundle_hash()}
+    for name, here in mine.items():
+        there = getattr(hello, name)
+        if there != here:
+            problem = f"{name} is {str(there)[:64]!r} at the coordinator and {here!r} here"
+            raise VersionMismatchError("versions", problem, _SAME_VERSION)
+
+
+def skew(hello: Hello) -> float:
+    """Return by how many seconds this machine's clock is ahead of the coordinator's."""
+    return time.time() - hello.time
+
+
+def _explained(error: Exception, host: str) -> CropktError:
+    """Return the cause of a failed connection, and what to do about it, in one line."""
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        for sign, problem, fix in _DISTRUST:
+            if sign in text:
+                return RefusedError(host, problem, fix)
+    proxy = _proxy(host)
+    if isinstance(error, httpx.ProxyError):
+        fix = "Check HTTPS_PROXY, and that the proxy allows this host and port"
+        return UnavailableError(host, f"the proxy {proxy} does not let us through ({text})", fix)
+    if isinstance(error, httpx.TimeoutException):
+        problem, fix = "no answer in time", "Check the network and the firewall"
+    elif "SSL" in text:
+        problem, fix = "it does not speak TLS as we do", _NO_COORDINATOR
+    elif "Name or service not known" in text or "nodename" in text or "resolution" in text:
+        problem, fix = "this host name is not known", "Check the name, and the DNS of this machine"
+    elif isinstance(error, httpx.ConnectError):
+        problem, fix = f"no connection ({_system(text)})", _NO_COORDINATOR
+    else:
+        problem, fix = f"the connection broke ({type(error).__name__})", "Try again"
+    if proxy:
+        problem, fix = f"{problem}, through the proxy {proxy}", f"{fix}, and check HTTPS_PROXY"
+    return UnavailableError(host, problem, fix)
+
+
+_DISTRUST = (
+    ("not yet valid", "its certificate is not yet valid", "Check the clock of this machine"),
+    ("expired", "its certificate has expired", "Ask the coordinator to renew it"),
+    (
+        "ismatch",  # host name, or IP address
+        "its certificate is for another host name",
+        "Use the name in the certificate, or ask the coordinator to add this one",
+    ),
+    (
+        "",
+        "its certificate was not issued by the study's authority",
+        f"Somebody may listen in, or the coordinator was set up anew. {NEW_INVITE}",
+    ),
+)
+
+
+def _system(text: str) -> str:
+    """Return `Connection refused` of `[Errno 111] Connection refused`."""
+    return text.rpartition("] ")[2][:100]
+
+
+def _proxy(host: str) -> str:
+    """Return host and port of the proxy on the way, without its password; or nothing."""
+    url = urllib.request.getproxies().get("https", "")
+    if not url or urllib.request.proxy_bypass(host.rpartition(":")[0].strip("[]")):
+        return ""
+    return url.rpartition("@")[2].rpartition("//")[2].strip("/")

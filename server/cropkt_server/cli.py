@@ -1,0 +1,343 @@
+"""`cropkt-server`: a coordinator sets a study up, invites hospitals, and runs it.
+
+Exit codes: 0 done, of `start`: every row is done; 3 the study finished with failed or missing
+rows, of `status`: it does not run; 130 and 143 interrupted, 64 a wrong option, 78 configuration,
+1 another error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from cropkt_server.settings import Settings
+    from cropkt_server.store import Store
+
+DEFAULT_PORT = 8443
+LONGEST_STOP = 40.0  # seconds a coordinator may take to stop
+
+Dir = Annotated[Path, typer.Argument(metavar="[DIR]", help="The study's folder.")]
+Site = Annotated[str, typer.Option(help="A hospital's name in the roster.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
+HERE = Path(".")
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="""Set up a study, invite hospitals, run it.
+
+    \b
+    cropkt-server init study --study eye --host hub.example.org
+    cropkt-server invite study --site lumc --cancer UVM
+    cropkt-server start study
+    cropkt-server status study
+    """,
+)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    study: Annotated[str, typer.Option(help="The study's name.")],
+    host: Annotated[str, typer.Option(help="HOST[:PORT] as the hospitals reach this machine.")],
+) -> None:
+    """Make a study: study.yaml, certificates, keys and databases."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from cropkt.errors import ConfigError, UsageError
+    from cropkt.files import write_atomically
+    from cropkt_server.pki import Keys, make_keys
+    from cropkt_server.roster import Roster
+    from cropkt_server.settings import Settings
+    from cropkt_server.store import Store
+    from cropkt_server.template import template
+
+    with _one_line():
+        if not host.rpartition("]")[2].count(":"):
+            host = f"{host}:{DEFAULT_PORT}"
+        try:
+            settings = TypeAdapter(Settings).validate_python({"name": study, "host": host})
+        except ValidationError as error:
+            option = "--host" if error.errors()[0]["loc"][0] == "host" else "--study"
+            value = host if option == "--host" else study
+            fix = "Write NAME:PORT, or a name of letters, digits, dots and dashes"
+            raise UsageError(option, f"{value!r} is not possible", fix) from None
+        text = template(name=settings.name, host=host)
+        if (folder / "study.yaml").exists():
+            raise ConfigError(folder / "study.yaml", "is already there", "Use another folder")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        make_keys(Keys.of(folder), [_hostname(host)], study=settings.name)
+        Roster(folder).close()
+        Store(folder).close()
+        write_atomically(folder / "study.yaml", lambda file: file.write(text.encode()))
+        typer.echo(f"made study {study} in {folder}: look through {folder / 'study.yaml'}, then")
+        typer.echo(f"cropkt-server invite {folder} --site NAME --cancer CODE")
+
+
+@app.command()
+def invite(
+    site: Site,
+    cancer: Annotated[list[str], typer.Option(help="Cancer code; repeat for several.")],
+    folder: Dir = HERE,
+    expires: Annotated[str, typer.Option(help="Valid for so long: 12h, 7d, 2w.")] = "7d",
+) -> None:
+    """Print a one-time invite for a hospital; an earlier unused one is void."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from cropkt.cancers import cancer_of
+    from cropkt.errors import ConfigError, DataError, UsageError
+    from cropkt.invite import encode_invite
+    from cropkt.messages import SiteName
+    from cropkt_server.enrolment import Enrolment
+    from cropkt_server.pki import Keys
+    from cropkt_server.roster import Roster
+    from cropkt_server.settings import seconds_in
+
+    with _one_line():
+        settings, host = _deployed(folder)
+        try:
+            TypeAdapter(SiteName).validate_python(site)
+            cancers = [cancer_of(code) for code in cancer]
+        except DataError as error:
+            raise UsageError("--cancer", error.problem, error.fix) from None
+        except ValidationError:
+            fix = "Use letters, digits, dots and dashes"
+            raise UsageError("--site", f"{site!r} is no name for a site", fix) from None
+        until = time.time() + seconds_in(expires, "--expires")
+        with _store(folder) as store:
+            if store.closed:
+                fix = "Make a new study, or reopen this one with cropkt-server retry"
+                raise ConfigError(folder, "this study is finished", fix)
+        with contextlib.closing(Roster(folder)) as roster:
+            keys = Keys.of(folder)
+            door = Enrolment(study=settings.name, host=host, keys=keys, roster=roster)
+            line = encode_invite(door.invite(site, cancers, until))
+        typer.echo(line)
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(until))
+        typer.echo(f"for {site}, until {when}, once: send it over a safe channel", err=True)
+
+
+@app.command()
+def roster(folder: Dir = HERE, as_json: AsJson = False) -> None:
+    """List the hospitals that were invited, enrolled or revoked."""
+    from dataclasses import asdict
+
+    from cropkt_server.status import read_status, roster_lines
+
+    with _one_line():
+        status = read_status(folder)
+    if as_json:
+        typer.echo(json.dumps([asdict(site) for site in status.sites], sort_keys=True))
+    else:
+        for line in roster_lines(status):
+            typer.echo(line)
+
+
+@app.command()
+def revoke(site: Site, folder: Dir = HERE) -> None:
+    """Cut a hospital off, at once; what it gave before stays."""
+    from cropkt_server.roster import Roster
+
+    with _one_line():
+        _deployed(folder)
+        with contextlib.closing(Roster(folder)) as roster:
+            enrolled = roster.revoke(site)
+        typer.echo(f"{site} is cut off" if enrolled else f"the invite of {site} is void")
+
+
+@app.command()
+def start(
+    folder: Dir = HERE,
+    detach: Annotated[bool, typer.Option("--detach/--follow", help="In the background.")] = False,
+    linger: Annotated[
+        float, typer.Option(min=0, help="Seconds to tell the sites that the study is over.")
+    ] = 90.0,
+) -> None:
+    """Run the study until it is finished; run again, it goes on where it was."""
+    with _one_line():
+        _deployed(folder)
+        if detach:
+            _detach(folder, linger)
+            return
+        from cropkt_server.runtime import start
+
+        start(folder, linger=linger)
+
+
+@app.command()
+def stop(folder: Dir = HERE) -> None:
+    """Stop the coordinator; the next start goes on where it was."""
+    from cropkt.errors import UsageError
+    from cropkt_server.lock import running
+
+    with _one_line():
+        _deployed(folder)
+        pid = running(folder)
+        if pid is None:
+            typer.echo("not running")
+            return
+        os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + LONGEST_STOP
+        while running(folder) == pid:
+            if time.monotonic() > until:
+                raise UsageError(f"process {pid}", "does not stop", f"End it: kill -9 {pid}")
+            time.sleep(0.1)
+        typer.echo("stopped")
+
+
+@app.command()
+def status(folder: Dir = HERE, as_json: AsJson = False) -> None:
+    """Say how far the study is; exit code 3 if it neither runs nor has done everything."""
+    from dataclasses import asdict
+
+    from cropkt_server.status import in_words, read_status
+
+    with _one_line():
+        read = read_status(folder)
+    if as_json:
+        typer.echo(json.dumps(asdict(read), sort_keys=True))
+    else:
+        for line in in_words(read):
+            typer.echo(line)
+    raise typer.Exit(0 if read.state == "finished" or (read.pid and not read.failed) else 3)
+
+
+@app.command()
+def pause(folder: Dir = HERE) -> None:
+    """Send nothing new; what is under way is still taken in."""
+    with _one_line(), _store(folder) as store:
+        store.pause(True)
+        typer.echo("paused")
+
+
+@app.command()
+def resume(folder: Dir = HERE) -> None:
+    """Go on after a pause."""
+    with _one_line(), _store(folder) as store:
+        store.pause(False)
+        typer.echo("resumed")
+
+
+@app.command()
+def retry(
+    folder: Dir = HERE,
+    site: Annotated[str | None, typer.Option(help="Only this hospital's rows.")] = None,
+) -> None:
+    """Make failed rows due again; a study that was finished is open again."""
+    from cropkt_server.lock import running
+
+    with _one_line(), _store(folder) as store:
+        again = store.retry(site)
+        for task in again:
+            typer.echo(f"again: {task.id}")
+        if not again:
+            typer.echo("no row has failed")
+        if store.closed:
+            store.close_study(False)
+            typer.echo("the study is open again")
+        if not running(folder):
+            typer.echo("it does not run: start it")
+
+
+@app.command()
+def renew(folder: Dir = HERE) -> None:
+    """Make a new server certificate; the hospitals need not notice."""
+    from cropkt_server.lock import running
+    from cropkt_server.pki import Keys, renew
+
+    with _one_line():
+        _, host = _deployed(folder)
+        renew(Keys.of(folder), [_hostname(host)])
+        again = "; stop and start the study to use it" if running(folder) else ""
+        typer.echo(f"made a new certificate for {_hostname(host)}{again}")
+
+
+def _hostname(host: str) -> str:
+    return host.rpartition(":")[0].strip("[]")
+
+
+def _deployed(folder: Path) -> tuple[Settings, str]:
+    """Return a deployed study's settings and "name:port", or say what is wrong with them."""
+    from cropkt_server.runtime import deployed_host
+    from cropkt_server.settings import load_settings
+
+    settings = load_settings(folder)
+    return settings, deployed_host(settings, folder)
+
+
+@contextlib.contextmanager
+def _store(folder: Path) -> Iterator[Store]:
+    """Open the table of a study that exists."""
+    from cropkt_server.store import Store
+
+    _deployed(folder)
+    store = Store(folder)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _detach(folder: Path, linger: float) -> None:
+    """Start the same in the background, and say whether it came up."""
+    from cropkt.errors import UsageError
+    from cropkt_server.lock import running
+    from cropkt_server.runtime import LOG_NAME
+
+    if (pid := running(folder)) is not None:
+        problem = f"a coordinator (process {pid}) runs this study"
+        raise UsageError(folder, problem, "Stop it with cropkt-server stop")
+    nothing, log = subprocess.DEVNULL, folder / LOG_NAME
+    code = "from cropkt_server.cli import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, "start", str(folder), "--linger", str(linger)],
+        stdin=nothing,
+        stdout=nothing,
+        stderr=nothing,
+        start_new_session=True,  # closing the terminal must not end it
+    )
+    while running(folder) != child.pid:
+        if (ended := child.poll()) is not None:
+            typer.secho(f"cropkt-server: it ended with code {ended}; see {log}", fg="red", err=True)
+            raise typer.Exit(ended)
+        time.sleep(0.1)
+    typer.echo(f"running in the background: process {child.pid}, log {log}")
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn what went wrong into one line and an exit code."""
+    from cropkt.errors import CropktError
+
+    try:
+        yield
+    except CropktError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}.", 74)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command to go on", 130)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    typer.secho(f"cropkt-server: {' '.join(text.split())}", fg="red", err=True)
+    raise typer.Exit(code) from None
+
+
+def main() -> None:
+    """Entry point of the `cropkt-server` command."""
+    app()

@@ -1,0 +1,106 @@
+"""Who takes part, and which node is which site.
+
+In a simulation the nodes themselves say who they are. In a deployed study only the roster counts:
+a site is the node that it enrolled as, whatever that node says of itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from cropkt.cancers import Cancer
+from cropkt_server.roster import Roster
+from cropkt_server.store import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One site as the coordinator knows it before it describes itself."""
+
+    name: str
+    cancers: tuple[Cancer, ...] | None = None  # None: only the site itself knows
+    state: Literal["enrolled", "invited", "expired", "revoked"] = "enrolled"
+
+
+class Membership(Protocol):
+    """Where a dispatcher learns whom to ask."""
+
+    def members(self) -> tuple[Member, ...]:
+        """Return every site, as of now."""
+
+    def site_of(self, node: int) -> str | None:
+        """Return the site that a node is; None if it is none of this study's."""
+
+
+class Named:
+    """A simulation's sites: fixed, and a node is the site that it says it is."""
+
+    def __init__(self, sites: Iterable[str]) -> None:
+        self._members = tuple(Member(site) for site in sites)
+        self._site_of: dict[int, str] = {}
+
+    def members(self) -> tuple[Member, ...]:
+        """Return the sites."""
+        return self._members
+
+    def site_of(self, node: int) -> str | None:
+        """Return what the node said."""
+        return self._site_of.get(node)
+
+    def learn(self, node: int, site: str) -> None:
+        """The node said so."""
+        self._site_of[node] = site
+
+
+class Enrolled:
+    """The sites of a roster."""
+
+    def __init__(self, folder: Path) -> None:
+        self._roster = Roster(folder)
+
+    def close(self) -> None:
+        """Close the roster."""
+        self._roster.close()
+
+    def members(self) -> tuple[Member, ...]:
+        """Return the sites that enrolled or were invited; not those whose invite was withdrawn."""
+        return members_of(self._roster)
+
+    def site_of(self, node: int) -> str | None:
+        """Return the site of a node; None if nobody enrolled it, or its site is revoked."""
+        return self._roster.site_of(node)
+
+
+def members_of(roster: Roster) -> tuple[Member, ...]:
+    """Return the members in a roster, by name."""
+    now = time.time()
+    found: dict[str, Member] = {}
+    for invite in roster.invitations():
+        if invite.used_at is None and invite.revoked_at is None:
+            state: Literal["invited", "expired"] = "invited" if invite.expires > now else "expired"
+            found[invite.site] = Member(invite.site, invite.cancers, state)
+    for site in roster.sites():
+        if site.revoked_at is None:
+            found[site.name] = Member(site.name, site.cancers)
+        else:
+            found.setdefault(site.name, Member(site.name, site.cancers, "revoked"))
+    return tuple(found[name] for name in sorted(found))
+
+
+def missing(members: Iterable[Member], tasks: Iterable[Task]) -> dict[str, str]:
+    """Return the sites that were invited and have not contributed anything, and why."""
+    described = {t.site for t in tasks if t.kind == "describe" and t.state in ("done", "failed")}
+    causes = {
+        "invited": "invited, but did not enrol",
+        "expired": "did not enrol before its invite expired",
+        "enrolled": "enrolled, but has not answered",
+    }
+    return {
+        member.name: causes[member.state]
+        for member in members
+        if member.state in causes and member.name not in described
+    }
