@@ -82,7 +82,7 @@ class Enrolment:
         )
 
     def hello(self) -> dict[str, Any]:
-        """Return what anyone may know: which study, which versions, what time, whether it is over."""
+        """Return what anyone may know: study, versions, time, and whether it is over."""
         return {
             "study": self.study,
             "cropkt": cropkt.__version__,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -140,10 +140,10 @@ class Findings:
         text = self.store.meta(f"decided/{name}")
         return None if text is None else list(json.loads(text))
 
-    def decide(self, name: str, make: Callable[[], Iterable[str]]) -> None:
+    def decide(self, name: str, names: Iterable[str]) -> None:
         """Write a decision down, unless it is made."""
         if self.decided(name) is None:
-            self.store.set_meta(f"decided/{name}", json.dumps(list(make())))
+            self.store.set_meta(f"decided/{name}", json.dumps(list(names)))
 
     def _final_round(self, task: Task) -> int:
         rounds = task.kind in ("fit_expert", "fit_router") and task.cancer is not None

@@ -12,7 +12,7 @@ import numpy as np
 
 from cropkt.cancers import Cancer
 from cropkt.messages import ArmScore, ReleaseReply, Score, TransferReply
-from cropkt.report.schema import ArmResult, Results, TargetResult, TransferScore
+from cropkt.report.schema import ArmResult, FailedRow, Results, TargetResult, TransferScore
 from cropkt_server.store import Task
 from cropkt_server.study import Study
 
@@ -23,7 +23,7 @@ _ARMS = ("local", "zero_shot", "roupkt")
 def results(study: Study) -> Results:
     """Return everything that the study's replies say, the same for the same replies."""
     config = study.config
-    holders = study.holders()
+    targets = {cancer: _target(study, cancer, sites) for cancer, sites in study.holders().items()}
     return {
         "cropkt": version("cropkt"),
         "versions": {
@@ -35,16 +35,20 @@ def results(study: Study) -> Results:
         "folds": config.folds,
         "endpoint": config.endpoint,
         "config_hash": config.hash(),
-        "targets": {cancer: _target(study, cancer, sites) for cancer, sites in holders.items()},
-        "transfer": {cancer: _transfer(study, cancer) for cancer in study.trained()},
-        "failed": [
-            *({"row": task.id, "cause": task.cause} for task in study.failures()),
-            *(
-                {"row": f"describe/{site}", "cause": f"missing: {cause}"}
-                for site, cause in study.missing().items()
-            ),
-        ],
+        "targets": {str(cancer): target for cancer, target in targets.items()},
+        "transfer": {
+            cancer: _transfer(study, cancer, targets[cancer]) for cancer in study.trained()
+        },
+        "failed": _failed(study),
     }
+
+
+def _failed(study: Study) -> list[FailedRow]:
+    """Return the rows that failed, and the rows that sites never came for."""
+    rows: list[FailedRow] = [{"row": task.id, "cause": task.cause} for task in study.failures()]
+    for site, cause in study.missing().items():
+        rows.append({"row": f"describe/{site}", "cause": f"missing: {cause}"})
+    return rows
 
 
 def _target(study: Study, cancer: Cancer, sites: Sequence[str]) -> TargetResult:
@@ -116,14 +120,20 @@ def _together(scores: Sequence[ArmScore], events: int, reason: str) -> ArmResult
     return joint
 
 
-def _transfer(study: Study, cancer: Cancer) -> dict[str, TransferScore]:
-    """Return each source's C-index on this target, over its sites by events."""
+def _transfer(study: Study, cancer: Cancer, target: TargetResult) -> dict[str, TransferScore]:
+    """Return each source's C-index on this target, over its sites by events.
+
+    The diagonal is the target's own expert, out of fold.
+    """
     found: dict[str, list[tuple[Score, int]]] = {}
     for task in study.done("score_sources", cancer):
         reply, events = study.answer(task, TransferReply), _events(study, task)
         for source, score in zip(study.others(cancer), reply.scores, strict=True):
             found.setdefault(source, []).append((score, events))
-    return {source: _mean_score(scores) for source, scores in found.items()}
+    transfer = {str(source): _mean_score(scores) for source, scores in found.items()}
+    if local := target.get("arms", {}).get("local"):
+        transfer[cancer] = {"c_index": local["c_index"], "se": local.get("se")}
+    return transfer
 
 
 def _mean_score(scores: Sequence[tuple[Score, int]]) -> TransferScore:

@@ -189,7 +189,7 @@ class Study(Findings):
         holders, experts = self.holders(), list[Task]()
         for cancer, sites in holders.items():
             coming = {member.name for member in awaited if cancer in (member.cancers or ())}
-            self.decide(f"shared/{cancer}", lambda: sorted(coming.union(sites)))
+            self.decide(f"shared/{cancer}", sorted(coming.union(sites)))
             experts += self._rounds("fit_expert", cancer, sites, rows, hold=bool(coming))
         self._add(experts)
         rows = self._rows()
@@ -219,7 +219,7 @@ class Study(Findings):
             first = number == 0 and kind == "fit_expert"
             if (_settled(here) and not (first and hold)) or (first and self._goes_on(rows)):
                 name = f"averaged/{kind}/{cancer}/{number}"
-                self.decide(name, lambda: sorted(task.site for task in _done(here)))
+                self.decide(name, sorted(task.site for task in _done(here)))
                 number += 1
         under_way = 0 < number <= last and rows[kind, cancer, number]
         if under_way:
@@ -244,7 +244,7 @@ class Study(Findings):
         if self.decided(f"sources/{cancer}") is None:
             if not _settled(scored) or not _done(scored):
                 return new
-            self.decide(f"sources/{cancer}", lambda: self.sources(cancer))
+            self.decide(f"sources/{cancer}", self.sources(cancer))
         new += self._rounds("fit_router", cancer, [task.site for task in _done(scored)], rows)
         if self.averaged("fit_router", cancer) is not None:
             routed = _done(rows["fit_router", cancer, last])
@@ -267,8 +267,8 @@ class Study(Findings):
         if self.overdue and self._gathering and self.decided("gathered") is None:
             given = {t.site for c in self.holders() for t in _done(rows["fit_expert", c, 0])}
             if len(given) >= self._gathering.min_sites:
-                self.decide("gathered", lambda: sorted(given))
-                self.decide("goes_on", list)
+                self.decide("gathered", sorted(given))
+                self.decide("goes_on", ())
         return self.decided("goes_on") is not None
 
     def _gathered(self, rows: Rows) -> bool:
@@ -290,8 +290,8 @@ class Study(Findings):
                 return
         bank = self.bank()
         if len(bank) > 1:
-            self.decide("gathered", lambda: sorted(self.descriptions()))
-            self.decide("bank", lambda: bank)
+            self.decide("gathered", sorted(self.descriptions()))
+            self.decide("bank", bank)
 
     def _objection(self, reply: DescribeReply) -> str:
         """Return why a site that describes itself so cannot take part; nothing if it can."""

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cropkt.cohort.pack import write_pack
 from cropkt.config import ExpertShape, RouterConfig, StudyConfig, TrainingConfig
 from cropkt_server.results import results
 from cropkt_server.settings import Settings, save_settings
+from cropkt_server.store import read_tasks
 from cropkt_server.study import Study
 from cropkt_sim.engine import simulate
 
@@ -143,7 +145,8 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 
 
 @pytest.mark.timeout(600)
-def test_three_hospitals_get_what_the_simulation_gets(federation: Federation) -> None:
+@pytest.mark.parametrize("kill", [False, True], ids=["", "coordinator killed"])
+def test_three_hospitals_get_what_the_simulation_gets(federation: Federation, kill: bool) -> None:
     for seed, cancer in enumerate(CANCERS):
         (federation.folder / str(cancer)).mkdir()
         write_site(federation.folder / str(cancer), cancer, seed=seed)
@@ -175,6 +178,11 @@ def test_three_hospitals_get_what_the_simulation_gets(federation: Federation) ->
         )
         for cancer in CANCERS
     }
+    if kill:
+        _until_an_expert_is_there(federation)
+        coordinator.kill()
+        coordinator.wait()
+        coordinator = federation.begin("server", "start", study, log="server.log")
     assert coordinator.wait(400) == 0, federation.logs()
     for client in clients.values():
         assert client.wait(100) == 0, federation.logs()
@@ -188,6 +196,15 @@ def test_three_hospitals_get_what_the_simulation_gets(federation: Federation) ->
         f"site-{cancer}": 5 for cancer in CANCERS
     }
     federation.run("server", "start", study, "--linger", "0")  # over: says so again
+
+
+def _until_an_expert_is_there(federation: Federation) -> None:
+    end = time.monotonic() + 200
+    while not any(
+        task.kind == "fit_expert" and task.state == "done" for task in read_tasks(federation.study)
+    ):
+        assert time.monotonic() < end, federation.logs()
+        time.sleep(0.1)
 
 
 def _enrol(federation: Federation, cancer: Cancer, invite: str) -> None:

@@ -169,8 +169,7 @@ def test_a_late_site_of_a_shared_cancer_joins_the_next_round(driver: Driver, ans
         again = study.request(task)
         for field in ("weights", "own", "routers"):
             one, other = getattr(request, field, None), getattr(again, field, None)
-            assert (one is None) == (other is None)
-            assert one is None or np.array_equal(one, other)
+            np.testing.assert_equal(other, one)
 
 
 def test_a_late_second_holder_of_an_unshared_cancer_stays_by_itself(driver: Driver) -> None:

@@ -418,7 +418,11 @@ def test_attack_2_no_node_registers_from_outside(coordinator: Coordinator) -> No
 
 def test_attack_3_the_server_apps_task_cannot_be_taken(coordinator: Coordinator) -> None:
     done = threading.Event()
-    with server_app(coordinator, lambda grid, context: done.wait(20) and None):
+
+    def wait(grid: Grid, context: Context) -> None:
+        done.wait(20)
+
+    with server_app(coordinator, wait):
         runtime = coordinator.client(RuntimeHttpClient)
         request = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
         refused_with(404, lambda: runtime.AcquireTask(request))
