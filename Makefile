@@ -18,11 +18,12 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-federation lint types wheel bench clean
+.PHONY: help demo test test-ray test-federation lint types wheel bench clean
 
 help:
 	@echo "make demo             run a small synthetic study; the report lands in demo-out/"
-	@echo "make test             lint, types and all tests but the federation ones"
+	@echo "make test             lint, types and all tests but the ray and federation ones"
+	@echo "make test-ray         tests that start Ray inside the test process"
 	@echo "make test-federation  tests that start real coordinator and hospital processes"
 	@echo "make lint             ruff and import-linter"
 	@echo "make types            mypy"
@@ -34,7 +35,10 @@ demo: $(RUN)
 	$(BIN)/cropkt-sim run --preset demo --out demo-out
 
 test: lint types
-	$(BIN)/python -m pytest -m "not federation"
+	$(BIN)/python -m pytest -m "not federation and not ray"
+
+test-ray: $(DEV)
+	$(BIN)/python -m pytest -m ray
 
 test-federation: $(DEV)
 	$(BIN)/python -m pytest -m federation

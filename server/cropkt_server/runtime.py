@@ -83,6 +83,9 @@ def _run(folder: Path, settings: Settings, host: str, console: Console, linger: 
     from cropkt_server.progress import shown
     from cropkt_server.superlink import serving
 
+    flower = logging.getLogger("flwr")
+    flower.handlers.clear()  # it would write over the bars, in colours, and twice
+    flower.setLevel(logging.WARNING)
     with opened(folder) as (study, _):  # refuses other settings before a port is opened
         _check_name(study.store.meta("name"), settings, folder)
         study.store.set_meta("name", settings.name)

@@ -145,7 +145,7 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kill", [False, True], ids=["", "coordinator killed"])
+@pytest.mark.parametrize("kill", [False, True], ids=["undisturbed", "coordinator killed"])
 def test_three_hospitals_get_what_the_simulation_gets(federation: Federation, kill: bool) -> None:
     for seed, cancer in enumerate(CANCERS):
         (federation.folder / str(cancer)).mkdir()

@@ -297,11 +297,14 @@ def test_public_routes(coordinator: Coordinator) -> None:
     assert abs(hello.pop("time") - time.time()) < 5
     assert hello == {
         "study": "rare",
+        "closed": False,
         "cropkt": cropkt.__version__,
         "protocol": 1,
         "flwr": version("flwr"),
         "bundle": bundle_hash(),
     }
+    coordinator.superlink.say_closed()
+    assert coordinator.web.get("/v1/cropkt/hello").json()["closed"] is True
     assert coordinator.web.get("/health").status_code == 200
 
 

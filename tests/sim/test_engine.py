@@ -36,7 +36,7 @@ needs_ray = pytest.mark.skipif(
 untidy = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
-ray = pytest.param("ray", marks=[needs_ray, untidy, pytest.mark.slow])
+ray = pytest.param("ray", marks=[needs_ray, untidy, pytest.mark.ray])
 both = pytest.mark.parametrize("engine", ["local", ray])
 
 
@@ -116,7 +116,7 @@ def test_every_site_answers_as_defined(tmp_path: Path) -> None:
 
 @needs_ray
 @untidy
-@pytest.mark.slow
+@pytest.mark.ray
 def test_ray_gives_what_local_gives(tmp_path: Path) -> None:
     assert run("app", tmp_path / "r", engine="ray") == run("app", tmp_path / "l", engine="local")
 
