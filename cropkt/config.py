@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, field, replace
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -22,6 +24,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Endpoint = Literal["OS", "DSS", "PFI", "DFI"]
 Loss = Literal["log_space", "clamped"]
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -120,11 +123,40 @@ def parse_study(values: dict[str, Any], where: str) -> StudyConfig:
     Raises:
         ConfigError: an unknown key or a value out of range; names the key and the file `where`.
     """
+    return checked(StudyConfig, values, where)
+
+
+def read_yaml(path: Path, kind: type[Settings], *, missing: str) -> Settings:
+    """Return the checked settings in a YAML file.
+
+    Args:
+        path: the file.
+        kind: the pydantic dataclass that it holds.
+        missing: what to do if there is no such file.
+
+    Raises:
+        ConfigError: no such file, no YAML, or a key or value that does not belong; named.
+    """
     try:
-        return TypeAdapter(StudyConfig).validate_python(values)
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(path, "no such file", missing) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(path, f"not YAML ({type(error).__name__})", "Correct it") from None
+    return checked(kind, values, path)
+
+
+def checked(kind: type[Settings], values: object, where: str | Path) -> Settings:
+    """Return `values` as settings of a kind.
+
+    Raises:
+        ConfigError: a key or value that does not belong; named with the file `where`.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the study"
+        key = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(where, f"{key}: {first['msg']}", f"Correct {key}") from None
 
 

@@ -81,7 +81,7 @@ def test_a_study_survives_json() -> None:
         ({"router": {"topk": 3}}, "router.topk"),
         ({"shape": {"dim": 0}}, "shape.dim"),
         ({"shape": 4}, "shape"),
-        (["folds"], "the study"),
+        (["folds"], "the file"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_file(values, key) -> None:

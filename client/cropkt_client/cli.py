@@ -17,9 +17,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from cropkt.console import one_line
 
 if TYPE_CHECKING:
     from cropkt_client.enrol import Enrolment
@@ -67,7 +69,7 @@ def client(
     if not site and not cancer:
         typer.echo(context.get_help())
         raise typer.Exit(64)
-    with _one_line():
+    with one_line("cropkt-client"):
         place = _place(context.obj, site, cancer or [], device)
         if detach:
             _detach(place, sys.argv[1:])
@@ -87,7 +89,7 @@ def enrol(
     from cropkt.invite import decode_invite
     from cropkt_client.enrol import join
 
-    with _one_line():
+    with one_line("cropkt-client"):
         path = Path(invite)
         named = len(invite) < 256 and path.is_file()
         read = decode_invite(path.read_text(errors="replace") if named else invite)
@@ -103,7 +105,7 @@ def status(context: typer.Context, config: Config = None, as_json: AsJson = Fals
     from cropkt_client.log import read_status
     from cropkt_client.serve import running
 
-    with _one_line():
+    with one_line("cropkt-client"):
         state, enrolment = _state(config or context.obj), None
         with contextlib.suppress(ConfigError):
             enrolment = Enrolment.load(state)
@@ -125,7 +127,7 @@ def stop(context: typer.Context, config: Config = None) -> None:
     from cropkt.errors import UsageError
     from cropkt_client.serve import running
 
-    with _one_line():
+    with one_line("cropkt-client"):
         state = _state(config or context.obj)
         pid = running(state)
         if pid is None:
@@ -260,26 +262,6 @@ def _ago(when: float | None) -> str:
     while span.startswith("0 ") and " " in span[2:].strip() and not span.startswith("0 min"):
         span = span.split(" ", 2)[2]
     return f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(when))} ({span})"
-
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn what went wrong into one line and an exit code."""
-    from cropkt.errors import CropktError
-
-    try:
-        yield
-    except CropktError as error:
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        _fail(f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}.", 74)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command to go on", 130)
-
-
-def _fail(text: str, code: int) -> NoReturn:
-    typer.secho(f"cropkt-client: {' '.join(text.split())}", fg="red", err=True)
-    raise typer.Exit(code) from None
 
 
 def main() -> None:

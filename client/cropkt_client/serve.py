@@ -7,17 +7,17 @@ and then: to know whether it answers, and when the study is closed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from cropkt import lock
 from cropkt.bundle import bundle_hash
 from cropkt.cancers import Cancer
 from cropkt.errors import (
@@ -35,6 +35,8 @@ from cropkt_client.worker import Worker
 
 if TYPE_CHECKING:
     from cropkt_client.executor import Executor
+
+_LOCK = "client.lock"
 
 TICK, POLL, POLL_LOST = 0.5, 60.0, 10.0  # seconds: a look around, a hello, a hello while cut off
 
@@ -180,44 +182,20 @@ def _watch(place: Place, status: Status, node: SuperNode, executor: Executor) ->
         raise why
 
 
-@contextlib.contextmanager
-def locked(state: Path) -> Iterator[None]:
-    """Hold a state folder, for one client at a time; the kernel lets go when the client dies.
+def locked(state: Path) -> AbstractContextManager[None]:
+    """Hold a state folder, for one client at a time.
 
     Raises:
-        UsageError: another client holds it.
+        UsageError: on entry, if another client holds it.
     """
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(state / "client.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        for _ in range(5):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.1)  # a passing `status` holds it for a moment
-        else:
-            problem = f"another client (process {running(state)}) works with this state folder"
-            raise UsageError(state, problem, "Stop it with cropkt-client stop")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        yield
-    finally:
-        os.close(descriptor)
+    return lock.locked(
+        state / _LOCK, holder="another client", fix="Stop it with cropkt-client stop"
+    )
 
 
 def running(state: Path) -> int | None:
     """Return the process id of the client that holds a state folder, or None."""
-    try:
-        descriptor = os.open(state / "client.lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return int(os.read(descriptor, 20) or b"0") or None
-    finally:
-        os.close(descriptor)
+    return lock.running(state / _LOCK)
 
 
 @contextlib.contextmanager

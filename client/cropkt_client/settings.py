@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from cropkt.cancers import Cancer
-from cropkt.errors import ConfigError
+from cropkt.config import read_yaml
 from cropkt.messages import SiteName
 
 
@@ -34,13 +33,4 @@ def read_settings(path: Path) -> SiteConfig:
     Raises:
         ConfigError: no such file, no YAML, or a key that does not belong.
     """
-    try:
-        return TypeAdapter(SiteConfig).validate_python(yaml.safe_load(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(path, "no such file", "Write one with cropkt-client enrol") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(path, f"not YAML ({type(error).__name__})", "Correct it") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(path, f"{key}: {first['msg']}", f"Correct {key}") from None
+    return read_yaml(path, SiteConfig, missing="Write one with cropkt-client enrol")

@@ -16,9 +16,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from cropkt.console import one_line
 
 if TYPE_CHECKING:
     from cropkt_server.settings import Settings
@@ -65,7 +67,7 @@ def init(
     from cropkt_server.store import Store
     from cropkt_server.template import template
 
-    with _one_line():
+    with one_line("cropkt-server"):
         if not host.rpartition("]")[2].count(":"):
             host = f"{host}:{DEFAULT_PORT}"
         try:
@@ -107,7 +109,7 @@ def invite(
     from cropkt_server.roster import Roster
     from cropkt_server.settings import seconds_in
 
-    with _one_line():
+    with one_line("cropkt-server"):
         settings, host = _deployed(folder)
         try:
             TypeAdapter(SiteName).validate_python(site)
@@ -138,7 +140,7 @@ def roster(folder: Dir = HERE, as_json: AsJson = False) -> None:
 
     from cropkt_server.status import read_status, roster_lines
 
-    with _one_line():
+    with one_line("cropkt-server"):
         status = read_status(folder)
     if as_json:
         typer.echo(json.dumps([asdict(site) for site in status.sites], sort_keys=True))
@@ -152,7 +154,7 @@ def revoke(site: Site, folder: Dir = HERE) -> None:
     """Cut a hospital off, at once; what it gave before stays."""
     from cropkt_server.roster import Roster
 
-    with _one_line():
+    with one_line("cropkt-server"):
         _deployed(folder)
         with contextlib.closing(Roster(folder)) as roster:
             enrolled = roster.revoke(site)
@@ -168,7 +170,7 @@ def start(
     ] = 90.0,
 ) -> None:
     """Run the study until it is finished; run again, it goes on where it was."""
-    with _one_line():
+    with one_line("cropkt-server"):
         _deployed(folder)
         if detach:
             _detach(folder, linger)
@@ -184,7 +186,7 @@ def stop(folder: Dir = HERE) -> None:
     from cropkt.errors import UsageError
     from cropkt_server.lock import running
 
-    with _one_line():
+    with one_line("cropkt-server"):
         _deployed(folder)
         pid = running(folder)
         if pid is None:
@@ -206,7 +208,7 @@ def status(folder: Dir = HERE, as_json: AsJson = False) -> None:
 
     from cropkt_server.status import in_words, read_status
 
-    with _one_line():
+    with one_line("cropkt-server"):
         read = read_status(folder)
     if as_json:
         typer.echo(json.dumps(asdict(read), sort_keys=True))
@@ -219,7 +221,7 @@ def status(folder: Dir = HERE, as_json: AsJson = False) -> None:
 @app.command()
 def pause(folder: Dir = HERE) -> None:
     """Send nothing new; what is under way is still taken in."""
-    with _one_line(), _store(folder) as store:
+    with one_line("cropkt-server"), _store(folder) as store:
         store.pause(True)
         typer.echo("paused")
 
@@ -227,7 +229,7 @@ def pause(folder: Dir = HERE) -> None:
 @app.command()
 def resume(folder: Dir = HERE) -> None:
     """Go on after a pause."""
-    with _one_line(), _store(folder) as store:
+    with one_line("cropkt-server"), _store(folder) as store:
         store.pause(False)
         typer.echo("resumed")
 
@@ -240,7 +242,7 @@ def retry(
     """Make failed rows due again; a study that was finished is open again."""
     from cropkt_server.lock import running
 
-    with _one_line(), _store(folder) as store:
+    with one_line("cropkt-server"), _store(folder) as store:
         again = store.retry(site)
         for task in again:
             typer.echo(f"again: {task.id}")
@@ -259,7 +261,7 @@ def renew(folder: Dir = HERE) -> None:
     from cropkt_server.lock import running
     from cropkt_server.pki import Keys, renew
 
-    with _one_line():
+    with one_line("cropkt-server"):
         _, host = _deployed(folder)
         renew(Keys.of(folder), [_hostname(host)])
         again = "; stop and start the study to use it" if running(folder) else ""
@@ -316,26 +318,6 @@ def _detach(folder: Path, linger: float) -> None:
             raise typer.Exit(ended)
         time.sleep(0.1)
     typer.echo(f"running in the background: process {child.pid}, log {log}")
-
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn what went wrong into one line and an exit code."""
-    from cropkt.errors import CropktError
-
-    try:
-        yield
-    except CropktError as error:
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        _fail(f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}.", 74)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command to go on", 130)
-
-
-def _fail(text: str, code: int) -> NoReturn:
-    typer.secho(f"cropkt-server: {' '.join(text.split())}", fg="red", err=True)
-    raise typer.Exit(code) from None
 
 
 def main() -> None:

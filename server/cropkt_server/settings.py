@@ -16,12 +16,11 @@ from pydantic import (
     Field,
     StringConstraints,
     TypeAdapter,
-    ValidationError,
 )
 from pydantic.dataclasses import dataclass
 
-from cropkt.config import StudyConfig
-from cropkt.errors import ConfigError, UsageError
+from cropkt.config import StudyConfig, read_yaml
+from cropkt.errors import UsageError
 from cropkt.files import write_atomically
 from cropkt.invite import Host
 from cropkt.messages import SiteName
@@ -75,17 +74,7 @@ def load_settings(folder: Path) -> Settings:
     Raises:
         ConfigError: no such file, no YAML, or a key or value that does not belong; named.
     """
-    path = folder / "study.yaml"
-    try:
-        return TypeAdapter(Settings).validate_python(yaml.safe_load(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(path, "no such file", "Make one with cropkt-server init") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(path, f"not YAML ({type(error).__name__})", "Correct it") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(path, f"{key}: {first['msg']}", f"Correct {key}") from None
+    return read_yaml(folder / "study.yaml", Settings, missing="Make one with cropkt-server init")
 
 
 def save_settings(settings: Settings, folder: Path) -> None:

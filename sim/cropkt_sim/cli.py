@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cropkt.console import one_line
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -120,10 +122,9 @@ def run(
     cropkt-sim run --data features --outcomes labels.csv --features FEATS --cancers UVM,SKCM
     cropkt-sim run --data clinical --outcomes tcga_cdr.csv --sites hospitals
     """
-    from cropkt.errors import CropktError
-    from cropkt_sim.study import Options, run_study  # torch loads here: --help stays instant
+    with one_line("cropkt-sim"):
+        from cropkt_sim.study import Options, run_study  # torch loads here: --help stays instant
 
-    try:
         run_study(
             Options(
                 data=data.value,
@@ -143,12 +144,6 @@ def run(
                 skip_bad=skip_bad,
             )
         )
-    except CropktError as error:
-        typer.secho(f"cropkt-sim: {error}", fg="red", err=True)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        typer.secho("cropkt-sim: interrupted; run the same command to go on", err=True)
-        raise typer.Exit(130) from None
 
 
 def main() -> None:

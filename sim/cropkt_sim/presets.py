@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from cropkt.config import PUBLISHED, ExpertShape, RouterConfig, StudyConfig, TrainingConfig
+from cropkt.config import (
+    PUBLISHED,
+    ExpertShape,
+    RouterConfig,
+    StudyConfig,
+    TrainingConfig,
+    with_shape,
+)
 
 Data = Literal["synthetic", "clinical", "features"]
 Preset = Literal["default", "demo", "published"]
@@ -39,4 +46,4 @@ def study_for(*, data: Data, preset: Preset, dim: int) -> StudyConfig:
         )
     else:
         study = SMALL
-    return replace(study, shape=replace(study.shape, dim=dim))
+    return with_shape(study, dim=dim)
