@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,3 +131,8 @@ def golden() -> Golden:
     with np.load(GOLDEN / "golden.npz", allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     return Golden(GOLDEN, json.loads((GOLDEN / "golden.json").read_text()), arrays)
+
+
+# A shell starts its background jobs with SIGINT ignored, and children inherit that; tests that
+# interrupt a child need what a terminal gives.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -288,7 +288,7 @@ ALLOWED: dict[type, set[str]] = {
     },
     RouterConfig: {
         *("epochs", "minimum_updates", "learning_rate", "weight_decay", "warmup_epochs", "batch"),
-        *("drop_last", "top_k", "renormalise", "balance", "balance_weight", "z_weight"),
+        *("drop_last", "top_k", "keep_own", "renormalise", "balance", "balance_weight", "z_weight"),
         *("self_features", "prior", "prior_strength", "warm_start"),
     },
 }
