@@ -1,6 +1,6 @@
 """What a message costs on each engine of the simulation: empty tasks, on this machine.
 
-    python benchmarks/engines.py [--nodes 26 --nodes 260] [--engine local --engine ray]
+    python benchmarks/bench_engines.py [--nodes 26 --nodes 260] [--engine local --engine ray]
 
 Start-up is from the call of `simulate` to the first line of the server app; the first round also
 waits for workers to start. Later rounds are the median of several.
