@@ -176,6 +176,13 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     assert alive == []
 
 
+def _as_from_a_terminal() -> None:
+    """Undo what this process may have inherited: signals ignored or blocked."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
 def _start_waiting(engine: str, folder: Path) -> psutil.Popen:
     """Start a simulation in a process, and return once two sites are working."""
     (folder / "tmp").mkdir()
@@ -191,7 +198,11 @@ def _start_waiting(engine: str, folder: Path) -> psutil.Popen:
     }
     log = (folder / "log").open("w")
     process = psutil.Popen(
-        [sys.executable, "-c", script], env=environment, stdout=log, stderr=subprocess.STDOUT
+        [sys.executable, "-c", script],
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        preexec_fn=_as_from_a_terminal,
     )
     log.close()
     deadline = time.monotonic() + 90
