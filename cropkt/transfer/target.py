@@ -7,7 +7,7 @@ Shapes: n patients, K folds, S sources, E embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -131,8 +131,3 @@ class Target:
         value = np.stack(rows)
         value -= value.max(1, keepdims=True)
         return torch.from_numpy(config.prior_strength * value).float()
-
-
-def subset_of(opinion: Opinions, sources: list[int]) -> Opinions:
-    """Return the opinions of some of the experts."""
-    return replace(opinion, risk=opinion.risk[sources], features=opinion.features[sources])

@@ -8,10 +8,9 @@ import torch
 
 from cropkt.cohort.bags import PackedBags
 from cropkt.experts.abmil import Abmil, flatten
-from cropkt.experts.bank import Opinions
 from cropkt.survival.metrics import concordance, leads
 from cropkt.transfer.scores import shrunken
-from cropkt.transfer.target import Target, subset_of
+from cropkt.transfer.target import Target
 
 FOLDS = np.arange(36) % 3
 
@@ -132,10 +131,3 @@ def test_no_patch_of_the_judged_fold_enters_the_units(make_scene, scene, rewritt
     others = FOLDS != 1
     assert np.array_equal(one.opinions[2].risk[:, others], two.opinions[2].risk[:, others])
     assert not np.array_equal(one.opinions[1].risk[:, others], two.opinions[1].risk[:, others])
-
-
-def test_subset_of_opinions() -> None:
-    opinion = Opinions(risk=np.arange(6.0).reshape(3, 2), features=torch.rand(3, 2, 4))
-    some = subset_of(opinion, [2, 0])
-    assert some.risk.tolist() == [[4, 5], [0, 1]]
-    assert torch.equal(some.features, opinion.features[[2, 0]])
