@@ -65,7 +65,7 @@ def stacked(
     centre = scale * equal
     curve = partial_likelihood(centre, risks, days, event, folds)
     covariance = max(_covariances(centre), key=lambda v: _evidence(curve, v[0]) + v[1])[0]
-    precision: NDArray[np.float64] = np.linalg.inv(covariance)
+    precision = np.linalg.inv(covariance).astype(np.float64)
     return _mode(risks, days, event, folds, centre=centre, precision=precision)
 
 
