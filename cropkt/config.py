@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cropkt.errors import ConfigError
@@ -24,6 +24,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Endpoint = Literal["OS", "DSS", "PFI", "DFI"]
 Loss = Literal["log_space", "clamped"]
+SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Encoder = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._+-]{0,63})?$")]
+Purpose = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 Settings = TypeVar("Settings")
 
 
@@ -82,6 +85,7 @@ class RouterConfig(OptimiserConfig):
 class StudyConfig:
     """Everything that decides a study's numbers."""
 
+    purpose: Purpose = "research"  # a site whose policy does not name it answers nothing
     endpoint: Endpoint = "DSS"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     folds: Annotated[int, Field(ge=3, le=10)] = 5  # below 3 nothing is left to choose by

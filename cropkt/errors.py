@@ -10,11 +10,30 @@
     │   ├── CohortError                  patients that contradict each other
     │   └── NotEstimableError            a quantity these patients cannot determine
     ├── ArtifactError                65  an expert or router file is not what it says it is
+    │   ├── FileFormatError              not a safetensors file, or a damaged one
+    │   ├── TooLargeError                larger than the limit
+    │   ├── CardError                    its card is not in the agreed form
+    │   ├── CardChangedError             its card is not what was signed
+    │   ├── UnknownSignerError           it is not signed by whom its card names
+    │   ├── MissingTensorError           a tensor that its card promises is not there
+    │   ├── ExtraTensorError             a tensor that its card does not know
+    │   ├── TensorShapeError             a tensor has another shape
+    │   ├── TensorTypeError              a tensor has another dtype
+    │   ├── NotFiniteError               NaN or an infinity among its weights
+    │   ├── WeightsChangedError          its weights are not those that were signed
+    │   ├── OtherExpertError             it is an expert, but not the one asked for
+    │   ├── EncoderMismatchError         trained on another encoder's features
+    │   ├── BinsMismatchError            trained for other time bins
+    │   ├── StartMismatchError           trained from another M0
+    │   ├── StudyMismatchError           trained under other settings of the study
+    │   └── RevokedExpertError           the coordinator took it back
     ├── MessageError                 76  a message that is not in the contract
     ├── VersionMismatchError         76  the two sides run versions that do not go together
     ├── RefusedError                 77  one side does not trust the other, or says no
+    │   └── BudgetError                  a cohort's privacy budget does not allow it
     ├── EnrolmentRefusedError        77  why, said by the coordinator (cropkt_server.roster)
     ├── UnavailableError             69  the coordinator cannot be reached, for now
+    ├── DiskFullError                74  a disk takes no more
     ├── TrainingFailedError          70  training diverged or its process died
     ├── ConfigError                  78  a value in study.yaml, site.yaml or a preset
     └── StudyError                   1   the study finished with failed or missing rows: 3
@@ -85,6 +104,74 @@ class ArtifactError(DataError):
     """An expert or router file is not what it says it is."""
 
 
+class FileFormatError(ArtifactError):
+    """The file is no safetensors file (a pickle is none), or it is damaged."""
+
+
+class TooLargeError(ArtifactError):
+    """The file, or what it declares, is larger than the limit."""
+
+
+class CardError(ArtifactError):
+    """An expert's card is not in the agreed form."""
+
+
+class CardChangedError(ArtifactError):
+    """An expert's card is not what was signed."""
+
+
+class UnknownSignerError(ArtifactError):
+    """An expert is not signed by whom its card names."""
+
+
+class MissingTensorError(ArtifactError):
+    """A tensor that an expert's card promises is not there."""
+
+
+class ExtraTensorError(ArtifactError):
+    """There is a tensor that an expert's card does not know."""
+
+
+class TensorShapeError(ArtifactError):
+    """A tensor has another shape than an expert's card says, or the study."""
+
+
+class TensorTypeError(ArtifactError):
+    """A tensor has another dtype than float32."""
+
+
+class NotFiniteError(ArtifactError):
+    """An expert's weights hold a NaN or an infinity."""
+
+
+class WeightsChangedError(ArtifactError):
+    """An expert's weights are not those that were signed."""
+
+
+class OtherExpertError(ArtifactError):
+    """An expert is not the one that was asked for: of another cancer, or without other folds."""
+
+
+class EncoderMismatchError(ArtifactError):
+    """An expert was trained on another encoder's features."""
+
+
+class BinsMismatchError(ArtifactError):
+    """An expert was trained for other time bins."""
+
+
+class StartMismatchError(ArtifactError):
+    """An expert was trained from another M0 than the study's."""
+
+
+class StudyMismatchError(ArtifactError):
+    """An expert was trained under other settings than the study's."""
+
+
+class RevokedExpertError(ArtifactError):
+    """The coordinator revoked an expert, or one that it was made from."""
+
+
 class MessageError(CropktError, ValueError):
     """A message that the contract between coordinator and sites does not know."""
 
@@ -103,10 +190,20 @@ class RefusedError(CropktError):
     exit_code = 77
 
 
+class BudgetError(RefusedError):
+    """What is left of a cohort's privacy budget does not allow it."""
+
+
 class UnavailableError(CropktError):
     """The coordinator cannot be reached, for now."""
 
     exit_code = 69
+
+
+class DiskFullError(CropktError):
+    """A disk takes no more."""
+
+    exit_code = 74
 
 
 class TrainingFailedError(CropktError, RuntimeError):

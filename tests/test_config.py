@@ -11,6 +11,7 @@ from cropkt.config import PUBLISHED, StudyConfig, parse_study, with_shape
 from cropkt.errors import ConfigError
 
 OTHER: dict[str, Any] = {
+    "purpose": "audit",
     "endpoint": "OS",
     "split": "hospital",
     "initial_hazard": None,
