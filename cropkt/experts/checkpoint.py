@@ -1,9 +1,9 @@
 """Where a training stands, in one file, so that a killed training goes on instead of anew.
 
-A training that is resumed gives the same weights, bit for bit, as one that was never stopped. A
-kill costs at most one epoch; or two seconds, or ten times what a write takes, where that is
-longer: many short epochs do not wait for the disk. The file is a plain npz archive, never a
-pickle, and its checksums are verified when it is read.
+A training that is resumed gives the same weights, bit for bit, as one that was never stopped; only
+a private one goes on with other noise. A kill costs at most one epoch; or two seconds, or ten
+times what a write takes, where that is longer: many short epochs do not wait for the disk. The
+file is a plain npz archive, never a pickle, and its checksums are verified when it is read.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Training:
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    rng: np.random.Generator  # of the order of patients
-    generators: Sequence[torch.Generator]  # of dropout, on the CPU
+    rng: np.random.Generator | None = None  # of the order of patients; None: a secret one, not kept
+    generators: Sequence[torch.Generator] = ()  # of dropout, on the CPU
 
     def arrays(self) -> Arrays:
         """Return the tensors by name."""
@@ -47,7 +47,7 @@ class Training:
         found |= {f"generator/{i}": g.get_state() for i, g in enumerate(self.generators)}
         return {name: value.cpu().numpy() for name, value in found.items()}
 
-    def restore(self, arrays: Arrays, rng: dict[str, Any]) -> None:
+    def restore(self, arrays: Arrays, rng: dict[str, Any] | None) -> None:
         """Take over what `arrays` gave and the generator's state.
 
         Raises:
@@ -67,7 +67,10 @@ class Training:
         for name, tensor in parts["optimizer"].items():
             index, _, what = name.partition("/")
             state.setdefault(int(index), {})[what] = tensor
-        self.rng.bit_generator.state = rng  # checks what it gets
+        if self.rng is not None:
+            if rng is None:
+                raise ValueError("no state of the order of patients")
+            self.rng.bit_generator.state = rng  # checks what it gets
         self.module.load_state_dict(parts["module"])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -104,6 +107,7 @@ class Checkpoint:
             epoch = int(about["epoch"])
             training.restore(arrays, about["rng"])
         except FileNotFoundError:
+            log.info("training begins")
             return 0
         except Exception as error:  # whatever zip, npy or JSON make of a damaged file
             log.warning("%s is damaged (%s); it begins anew", self.path, type(error).__name__)
@@ -116,7 +120,8 @@ class Checkpoint:
         started = time.monotonic()
         if started < self._due:
             return
-        about = {"key": self.key, "epoch": epoch, "rng": training.rng.bit_generator.state}
+        rng = None if training.rng is None else training.rng.bit_generator.state
+        about = {"key": self.key, "epoch": epoch, "rng": rng}
         contents: dict[str, Any] = {"about": np.array(json.dumps(about)), **training.arrays()}
         try:
             write_atomically(self.path, lambda file: np.savez(file, **contents))

@@ -35,10 +35,7 @@ class Plan:
     @classmethod
     def cross_fitted(cls, folds: NDArray[np.int64]) -> Plan:
         """Return the models of nested cross-fitting: all, all but f, all but f and g."""
-        k = int(folds.max()) + 1
-        single = tuple((f,) for f in range(k))
-        double = tuple((f, g) for f in range(k) for g in range(f + 1, k))
-        return cls(folds, ((), *single, *double))
+        return cls(folds, cross_fitted(int(folds.max()) + 1))
 
     def model(self, *excluded: int) -> int:
         """Return the index of the model that leaves out exactly these folds."""
@@ -47,6 +44,13 @@ class Plan:
     def learns(self) -> NDArray[np.bool_]:
         """Return (F, n): True where the model may learn from the patient."""
         return np.stack([~np.isin(self.folds, left_out) for left_out in self.excluded])
+
+
+def cross_fitted(folds: int) -> tuple[tuple[int, ...], ...]:
+    """Return the folds that each of the models of nested cross-fitting leaves out."""
+    single = tuple((f,) for f in range(folds))
+    double = tuple((f, g) for f in range(folds) for g in range(f + 1, folds))
+    return ((), *single, *double)
 
 
 def batches(
