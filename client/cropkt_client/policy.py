@@ -1,0 +1,238 @@
+"""What a hospital's policy lets leave: pure functions of a question, its answer and `release`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+from cropkt.cancers import Cancer
+from cropkt.errors import MessageError, RefusedError
+from cropkt.experts.card import Card, read_card
+from cropkt.messages import (
+    REPLIES,
+    ArmScore,
+    DescribeReply,
+    DescribeRequest,
+    ExpertReply,
+    ExpertRequest,
+    Failure,
+    Message,
+    ReleaseReply,
+    ReleaseRequest,
+    RouterReply,
+    RouterRequest,
+    Score,
+    TransferReply,
+    TransferRequest,
+    pack,
+    unpack,
+)
+from cropkt_client.held import Question
+from cropkt_client.settings import Asked, ReleasePolicy
+
+WHERE = "site.yaml: release"
+_ANSWERS = {kind.kind: kind for kind in REPLIES if kind is not Failure}
+_QUESTIONS = (DescribeRequest, ExpertRequest, TransferRequest, RouterRequest, ReleaseRequest)
+
+
+class SuppressedError(RefusedError):
+    """Too few patients or events stand behind an answer."""
+
+
+class AuditRefusedError(RefusedError):
+    """Membership is told too well from an expert, or that could not be measured."""
+
+
+def question(request: Message) -> Question:
+    """Return what a request asks.
+
+    Raises:
+        MessageError: it is no question about this site.
+    """
+    if not isinstance(request, _QUESTIONS):
+        raise MessageError(type(request).__name__, "asks nothing that has an answer")
+    k, models = request.study.folds, 1
+    if isinstance(request, ExpertRequest) and request.shared:
+        models += k + k * (k - 1) // 2  # of all patients, without a fold, without two
+    elif isinstance(request, RouterRequest) and request.shared:
+        models += k
+    return Question(
+        kind=cast(Asked, request.kind),
+        task=request.task,
+        purpose=request.study.purpose,
+        cancer=getattr(request, "cancer", None),
+        models=models,
+    )
+
+
+def admit(policy: ReleasePolicy | None, asked: Question) -> ReleasePolicy:
+    """Let a question pass whose answer may leave; return the policy that says so.
+
+    Raises:
+        RefusedError: the policy is missing, or does not name its kind, purpose or cancer.
+    """
+    if policy is None:
+        fix = "Decide what may leave, and write it under release: in site.yaml"
+        raise RefusedError(WHERE, "is not there, so nothing leaves", fix)
+    if asked.kind not in policy.messages:
+        raise RefusedError(WHERE, f"messages does not name {asked.kind}")
+    if asked.purpose not in policy.purposes:
+        raise RefusedError(WHERE, f"purposes does not name {asked.purpose}")
+    if asked.cancer is not None and not _allows(policy, asked.cancer):
+        raise RefusedError(WHERE, f"cancers does not name {asked.cancer}")
+    return policy
+
+
+def within(
+    policy: ReleasePolicy, answer: Message, asked: Question, *, site: str
+) -> tuple[Message, str]:
+    """Return what of an answer may leave, and in words what was checked.
+
+    Counts come back rounded, or None below the minimum. Scores of a cohort below the minimum are
+    None; its models do not leave.
+
+    Args:
+        policy: of the site.
+        answer: from the site's task.
+        asked: its question.
+        site: name of the site.
+
+    Raises:
+        MessageError: it is not an answer to this question within the contract.
+        AuditRefusedError: membership is told too well from the expert.
+        RefusedError: it is larger than the policy allows.
+        SuppressedError: it holds a model of a cohort below the minimum.
+    """
+    answer, checks = _in_form(policy, answer, asked, site)
+    checks.append(f"counts rounded to {policy.round_counts_to}")
+    bounds = f"{policy.minimum_patients} patients and {policy.minimum_events} events"
+    if isinstance(answer, DescribeReply):
+        counts = tuple(
+            _rounded(count, policy) for count in answer.cohorts if _allows(policy, count.cancer)
+        )
+        checks.append(f"none below {bounds}")
+        return replace(answer, cohorts=counts), "; ".join(checks)
+    if isinstance(answer, ExpertReply):
+        card = None if answer.signed is None else read_card(answer.signed.card)
+        if card is not None:
+            _check_card(card, answer, policy)
+            checks.append("its signed card tells no more")
+        checks += _audited(card, policy)
+    enough = _enough(answer, policy)
+    if isinstance(answer, ExpertReply | RouterReply) and not enough:
+        raise SuppressedError(asked.task, f"its cohort has not {bounds}")
+    checks.append(f"at least {bounds}" if enough else f"not {bounds}: scores suppressed")
+    answer = answer if enough else _without_scores(answer)
+    return _rounded(answer, policy), "; ".join(checks)
+
+
+def _in_form(
+    policy: ReleasePolicy, answer: Message, asked: Question, site: str
+) -> tuple[Message, list[str]]:
+    """Return an answer taken apart and put together as if a stranger had sent it."""
+    kind = _ANSWERS[asked.kind]
+    text, arrays = pack(answer)
+    answer = unpack(text, arrays, expected=(kind,))
+    about = (answer.task, getattr(answer, "cancer", None), getattr(answer, "site", site))
+    if about != (asked.task, asked.cancer, site):
+        raise MessageError(kind.__name__, "is not the answer to its question")
+    size = len(text) + sum(array.nbytes for array in arrays.values())
+    if size > policy.max_megabytes * 1_000_000:
+        problem = f"max_megabytes is {policy.max_megabytes}, and the answer has {size} bytes"
+        raise RefusedError(WHERE, problem)
+    checks = [f"fields, types and bounds of {kind.__name__}", f"purpose {asked.purpose}"]
+    if asked.cancer is not None:
+        checks.append(f"cancer {asked.cancer}")
+    for array in (getattr(answer, name) for name in sorted(arrays)):
+        if len(array) > asked.models:
+            problem = f"holds {len(array)} models where {asked.models} were asked for"
+            raise MessageError(kind.__name__, problem)
+        checks.append(f"{len(array)} x {array.shape[1]} float32, finite")
+    return answer, checks
+
+
+def version(policy: ReleasePolicy) -> str:
+    """Return a short hash of a policy: another hash, another policy."""
+    return hashlib.sha256(json.dumps(asdict(policy), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def rounded(count: int | None, minimum: int, to: int) -> int | None:
+    """Return a count to the nearest multiple of `to`; None if it is below the minimum."""
+    return None if count is None or count < minimum else (count + to // 2) // to * to
+
+
+def _rounded(counts: Any, policy: ReleasePolicy) -> Any:
+    """Return a message, or a count of it, with patients and events rounded or suppressed."""
+    step = policy.round_counts_to
+    return replace(
+        counts,
+        patients=rounded(counts.patients, policy.minimum_patients, step),
+        events=rounded(counts.events, policy.minimum_events, step),
+    )
+
+
+def _check_card(card: Card, answer: ExpertReply, policy: ReleasePolicy) -> None:
+    """Refuse a card that tells more of a cohort than the answer may.
+
+    Raises:
+        RefusedError: one of its counts is not rounded as the policy says.
+    """
+    allowed, step = _rounded(answer, policy), policy.round_counts_to
+    told = [(card.patients, allowed.patients), (card.events, allowed.events)]
+    if card.audit is not None:
+        audited = card.audit.patients
+        told.append((audited, rounded(audited, policy.minimum_patients, step)))
+    if any(count not in (None, may) for count, may in told):
+        problem = "the counts on the expert's signed card are not rounded as it says"
+        raise RefusedError(WHERE, problem, "Set it back to what it was when the expert was signed")
+
+
+def _audited(card: Card | None, policy: ReleasePolicy) -> list[str]:
+    """Return in words what the membership audit showed.
+
+    Raises:
+        AuditRefusedError: the policy has a limit, and the expert is above it or was not audited.
+    """
+    if policy.audit is None:
+        return []
+    if card is not None and card.epsilon is not None:
+        return ["not audited: trained with differential privacy"]
+    limit, fix = policy.audit.max_auroc_upper, "Train it less, or with privacy: in site.yaml"
+    if card is None or card.audit is None:
+        raise AuditRefusedError(f"{WHERE}.audit", "its leak could not be measured", fix)
+    if card.audit.high > limit:
+        problem = f"membership is told with an AUROC of up to {card.audit.high}, allowed {limit}"
+        raise AuditRefusedError(f"{WHERE}.audit", problem, fix)
+    return [f"membership audit: AUROC at most {card.audit.high}, allowed {limit}"]
+
+
+def _enough(answer: Any, policy: ReleasePolicy) -> bool:
+    """Return whether an answer says that enough patients and events stand behind it."""
+    return (
+        answer.patients is not None
+        and answer.events is not None
+        and answer.patients >= policy.minimum_patients
+        and answer.events >= policy.minimum_events
+    )
+
+
+def _without_scores(answer: Message) -> Message:
+    if isinstance(answer, TransferReply):
+        nothing = tuple(Score() for _ in answer.scores)
+        rows = tuple(tuple(Score() for _ in row) for row in answer.training_scores)
+        return replace(answer, scores=nothing, training_scores=rows)
+    if isinstance(answer, ReleaseReply):
+        return replace(
+            answer,
+            arms={arm: ArmScore() for arm in answer.arms},
+            routing={},
+            zero_shot_choice={},
+            reason="suppressed by the site",
+        )
+    raise MessageError(type(answer).__name__, "has scores that the gate cannot leave out")
+
+
+def _allows(policy: ReleasePolicy, cancer: Cancer) -> bool:
+    return policy.cancers is None or cancer in policy.cancers
