@@ -13,18 +13,21 @@ DEV := $(VENV)/.installed-dev
 
 CODE := cropkt server/cropkt_server client/cropkt_client sim/cropkt_sim
 
+FUZZ ?= 100000
+
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-ray test-federation lint types wheel bench clean
+.PHONY: help demo test test-ray test-federation fuzz lint types wheel bench clean
 
 help:
 	@echo "make demo             run a small synthetic study; the report lands in demo-out/"
 	@echo "make test             lint, types and all tests but the ray and federation ones"
 	@echo "make test-ray         tests that start Ray inside the test process"
 	@echo "make test-federation  tests that start real coordinator and hospital processes"
+	@echo "make fuzz             100,000 hostile inputs to the parsers, and again with atheris"
 	@echo "make lint             ruff and import-linter"
 	@echo "make types            mypy"
 	@echo "make wheel            build dist/*.whl and check what is in it"
@@ -42,6 +45,11 @@ test-ray: $(DEV)
 
 test-federation: $(DEV)
 	$(BIN)/python -m pytest -m federation
+
+fuzz: $(DEV)
+	CROPKT_FUZZ=$(FUZZ) $(BIN)/python -m pytest --timeout 7200 tests/fuzz
+	@$(PIP) -e ".[fuzz]"
+	$(BIN)/python tests/fuzz/guided.py -atheris_runs=$(FUZZ)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What may travel between the coordinator and a site: five questions, their answers, a failure.
+"""What may travel between the coordinator and a site: six questions, their answers, a failure.
 
 No field carries a patient, a slide, a patch, a feature, an attention map, an event time or a
 path. Both sides build a message here and check it here when it arrives: unknown keys, other
@@ -14,6 +14,7 @@ from dataclasses import field, fields
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +22,19 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 from pydantic.dataclasses import dataclass
 
 from cropkt.cancers import Cancer
-from cropkt.config import StudyConfig
+from cropkt.config import Encoder, StudyConfig
+from cropkt.config import SiteName as SiteName
 from cropkt.errors import MessageError
+from cropkt.experts.card import MAX_CARD, hash_of
 from cropkt.files import write_atomically
 
 PROTOCOL: Literal[1] = 1
 MAX_TEXT = 1 << 20  # characters of one message's JSON
+MAX_ITEMS = 1 << 14  # numbers, texts and lists in it
 MAX_WEIGHTS = 1 << 29  # float32 values of one message's arrays, 2 GiB
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 Weights = NDArray[np.float32]
-SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 TaskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
 Package = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
@@ -42,7 +45,20 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Arm = Literal["local", "zero_shot", "roupkt"]
 Code = Literal[
-    "data", "no_cohort", "not_estimable", "training_failed", "refused", "bad_message", "internal"
+    "data",
+    "no_cohort",
+    "not_estimable",
+    "training_failed",
+    "refused",
+    "bad_message",
+    "internal",
+    "budget",  # what is left of the cohort's privacy budget does not allow it
+    "policy",  # the site's rules let nothing like this leave
+    "suppressed",  # too few patients or events stand behind it
+    "awaiting_approval",  # somebody at the site has to approve it first
+    "refused_release",  # somebody at the site said no
+    "audit",  # membership is told too well from the expert, or that could not be measured
+    "not_held",  # no answer to this task waits for approval: ask in full
 ]
 
 
@@ -83,8 +99,8 @@ class CohortCount:
     """How many patients of one cancer a site holds."""
 
     cancer: Cancer
-    patients: Patients
-    events: Patients
+    patients: Patients | None  # rounded; None: fewer than the site tells of. So everywhere.
+    events: Patients | None
     dim: Annotated[int, Field(ge=1, le=16_384)]
 
 
@@ -103,8 +119,21 @@ class DescribeReply(Message):
     kind: ClassVar[str] = "query.describe"
     site: SiteName
     cohorts: tuple[CohortCount, ...]
-    encoder: Annotated[str, StringConstraints(max_length=100)] = ""
+    encoder: Encoder = ""
     versions: dict[Package, Version] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Signed:
+    """The card of an expert (`cropkt.experts.card`) and the signature over it."""
+
+    card: Annotated[str, StringConstraints(max_length=MAX_CARD)]  # canonical JSON
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]  # Ed25519
+
+    @property
+    def hash(self) -> str:
+        """By which the expert is known."""
+        return hash_of(self.card.encode())
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -117,6 +146,7 @@ class ExpertRequest(Message):
     round: Annotated[int, Field(ge=0, le=99)] = 0
     shared: bool = False  # other sites hold this cancer: answer with the fold models too
     weights: Weights | None = None  # (F, parameters); None: M0 of the study's seed
+    signed: Signed | None = None  # the average's, where there is one
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -125,11 +155,12 @@ class ExpertReply(Message):
 
     kind: ClassVar[str] = "train.expert"
     cancer: Cancer
-    patients: Patients
-    events: Patients
+    patients: Patients | None
+    events: Patients | None
     weights: Weights  # (1, parameters), or (F, parameters) where the cancer is shared
     score: Score
     seconds: Seconds
+    signed: Signed | None = None  # by the site; without, the coordinator takes no expert
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -141,6 +172,7 @@ class TransferRequest(Message):
     cancer: Cancer
     sources: tuple[Cancer, ...]
     weights: Weights  # (sources, parameters)
+    signed: tuple[Signed, ...] = ()  # one a source
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -149,6 +181,8 @@ class TransferReply(Message):
 
     kind: ClassVar[str] = "evaluate.transfer"
     cancer: Cancer
+    patients: Patients | None = None
+    events: Patients | None = None
     scores: tuple[Score, ...]  # one a source
     training_scores: tuple[tuple[Score, ...], ...]  # folds x sources
     seconds: Seconds
@@ -165,18 +199,21 @@ class RouterRequest(Message):
     shared: bool = False
     sources: tuple[Cancer, ...]
     weights: Weights  # (sources, parameters) of the experts
+    signed: tuple[Signed, ...] = ()  # one a source
     own: Weights | None = None  # (F, parameters): this cancer's averaged experts, where shared
+    own_signed: Signed | None = None  # that average's
     routers: Weights | None = None  # (1 + folds, parameters): last round's average
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RouterReply(Message):
-    """The site's router, adapters and head."""
+    """The site's router, adapters and head; a private site keeps them."""
 
     kind: ClassVar[str] = "train.router"
     cancer: Cancer
-    events: Patients
-    weights: Weights  # (1, parameters), or (1 + folds, parameters) where the cancer is shared
+    patients: Patients | None = None
+    events: Patients | None
+    weights: Weights | None  # (1, parameters), (1 + folds, ...) where shared; None: stays there
     seconds: Seconds
 
 
@@ -196,13 +233,20 @@ class ReleaseReply(Message):
 
     kind: ClassVar[str] = "evaluate.release"
     cancer: Cancer
-    patients: Patients
-    events: Patients
+    patients: Patients | None
+    events: Patients | None
     arms: dict[Arm, ArmScore]
     routing: dict[Cancer, Probability]  # mean weight of each expert; the own cancer is "self"
     zero_shot_choice: dict[Literal["vote"] | Cancer, Annotated[int, Field(ge=0, le=10)]]
     reason: Annotated[str, StringConstraints(pattern=r"^[a-z0-9 ,.]{0,120}$")] = ""
     seconds: Seconds
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class HeldRequest(Message):
+    """Has your answer to this task been approved? Answered like the task itself."""
+
+    kind: ClassVar[str] = "query.held"
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -221,6 +265,7 @@ REQUESTS: tuple[type[Message], ...] = (
     TransferRequest,
     RouterRequest,
     ReleaseRequest,
+    HeldRequest,
 )
 REPLIES: tuple[type[Message], ...] = (
     DescribeReply,
@@ -281,9 +326,10 @@ def unpack(
     """
     if len(text) > MAX_TEXT:
         raise MessageError("message", f"its text has {len(text)} characters, at most {MAX_TEXT}")
+    if text.count(",") + text.count("[") + text.count("{") > MAX_ITEMS:
+        raise MessageError("message", f"it holds more than {MAX_ITEMS} items")
     try:
-        whole = json.loads(text)
-        name, values, shapes = whole["message"], dict(whole["values"]), dict(whole["shapes"])
+        name, values, shapes = _parts(text)
         kind = _CLASSES[name]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise MessageError("message", "not a cropkt message") from None
@@ -293,15 +339,21 @@ def unpack(
         raise MessageError(kind.__name__, "its arrays are not those it declares")
     if sum(array.size for array in arrays.values()) > MAX_WEIGHTS:
         raise MessageError(kind.__name__, f"its arrays hold more than {MAX_WEIGHTS} values")
-    for field_name, array in arrays.items():
-        values[field_name] = _shaped(array, shapes[field_name], f"{kind.__name__}.{field_name}")
+    shaped = {
+        field_name: _shaped(array, shapes[field_name], f"{kind.__name__}.{field_name}")
+        for field_name, array in arrays.items()
+    }
     try:
-        message = _adapter(kind).validate_python(values)
+        message = _adapter(kind).validate_python(values | shaped)
     except ValidationError as error:
         where = next(iter(error.errors()[0]["loc"]), None)
         # A key that the class does not know is the sender's text, and is not repeated.
         which = f"field {where} is not as agreed" if where in _NAMES[kind] else "an unknown field"
         raise MessageError(kind.__name__, which) from None
+    kept = _adapter(kind).dump_python(message, mode="json", exclude=set(shaped))
+    for field_name, value in values.items():
+        if not _same(value, kept[field_name]):  # pydantic reads "3" and 3.0 as 3
+            raise MessageError(kind.__name__, f"field {field_name} is not as agreed")
     return message  # type: ignore[no-any-return]
 
 
@@ -320,14 +372,58 @@ def load(path: Path, *, expected: tuple[type[Message], ...]) -> Message:
         FileNotFoundError: there is none.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files if name != "text"}
-            text = str(stored["text"])
+        with ZipFile(path) as stored:
+            members = stored.infolist()
+            if sum(member.file_size for member in members) > path.stat().st_size:
+                raise ValueError("compressed, or one member inside another")
+            arrays = {m.filename.removesuffix(".npy"): _array(stored, m) for m in members}
+        text = str(arrays.pop("text"))
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever zip or npy makes of a damaged file
+    except Exception as error:  # whatever zip, npy or Unicode makes of a damaged file
         raise MessageError(path, f"holds no message ({type(error).__name__})") from None
     return unpack(text, arrays, expected=expected)
+
+
+def _array(stored: ZipFile, member: ZipInfo) -> NDArray[Any]:
+    """Return the array in a member of an .npz file, which is not larger than the member."""
+    with stored.open(member) as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if len(shape) > 1 or prod(shape) * dtype.itemsize != member.file_size - file.tell():
+            raise ValueError("not of its declared size")
+        return np.frombuffer(file.read(), dtype).reshape(shape)
+
+
+def _parts(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return class, values and shapes of a message's text.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: it is no such text.
+    """
+    whole = json.loads(text, object_pairs_hook=_once)
+    values, shapes = whole["values"], whole["shapes"]
+    if len(whole) != 3 or not isinstance(values, dict) or not isinstance(shapes, dict):
+        raise ValueError(text)
+    return whole["message"], values, shapes
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a mapping, in which no key comes twice."""
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError(pairs)
+    return mapping
+
+
+def _same(sent: Any, kept: Any) -> bool:
+    """Return whether a value was kept as it was sent, but for what a sender may leave out."""
+    if isinstance(sent, dict):
+        return all(key in kept and _same(value, kept[key]) for key, value in sent.items())
+    if isinstance(sent, list):
+        return all(_same(one, two) for one, two in zip(sent, kept, strict=True))
+    alike = type(sent) is type(kept) or (type(sent), type(kept)) == (int, float)
+    return alike and bool(sent == kept)
 
 
 def _shaped(array: Weights, shape: Any, where: str) -> Weights:

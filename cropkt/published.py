@@ -11,6 +11,7 @@ refused by name.
 from __future__ import annotations
 
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -133,7 +134,9 @@ def load_router(path: str | Path, *, top_k: int = 5) -> PublishedRouter:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # From memory: of a file, a pickle may ask for 4 GB at once, which Python would reserve.
+        stream = BytesIO(path.read_bytes())
+        content = torch.load(stream, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ArtifactError(path, "no such file", "Give the path of a checkpoint") from None
     except Exception as error:  # a damaged pickle can raise any of Python's errors
@@ -144,7 +147,18 @@ def _read(path: Path) -> dict[str, Tensor]:
         content = content["model"]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ArtifactError(path, "holds no state dict of tensors", "Use the file as published")
+    for tensor in content.values():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or not tensor.is_floating_point() or _claims_more(tensor):
+            raise ArtifactError(
+                path, "holds a tensor that is not plain", "Use the file as published"
+            )
     return {str(name): tensor.float() for name, tensor in content.items()}
+
+
+def _claims_more(tensor: Tensor) -> bool:
+    """Return whether a tensor is larger than what is stored of it: a copy could be any size."""
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
 def _shape(tensors: dict[str, Tensor], path: Path) -> ExpertShape:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import io
 import json
 import random
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -29,12 +32,14 @@ from cropkt.messages import (
     ExpertReply,
     ExpertRequest,
     Failure,
+    HeldRequest,
     Message,
     ReleaseReply,
     ReleaseRequest,
     RouterReply,
     RouterRequest,
     Score,
+    Signed,
     TransferReply,
     TransferRequest,
     load,
@@ -48,6 +53,7 @@ EVERY = REQUESTS + REPLIES
 
 cancers = st.sampled_from(list(Cancer))
 patients = st.integers(0, 10_000_000)
+counts = patients | st.none()
 seconds = st.floats(0, 1e8)
 probability = st.floats(0, 1)
 maybe = probability | st.none()
@@ -69,6 +75,7 @@ arm_scores = st.builds(
     pairs=patients,
 )
 lists = {"max_size": 3}
+cards = st.builds(Signed, card=st.text(max_size=50), signature=st.from_regex(r"\A[0-9a-f]{128}\Z"))
 
 
 def of(kind: type[Message], **values: Any) -> st.SearchStrategy[Any]:
@@ -84,13 +91,13 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
             st.builds(
                 CohortCount,
                 cancer=cancers,
-                patients=patients,
-                events=patients,
+                patients=counts,
+                events=counts,
                 dim=st.integers(1, 16_384),
             ),
             **lists,
         ).map(tuple),
-        encoder=st.text(max_size=100),
+        encoder=st.from_regex(r"\A([A-Za-z0-9][A-Za-z0-9._+-]{0,63})?\Z"),
         versions=st.dictionaries(
             st.from_regex(r"\A[a-z][a-z0-9_-]{0,31}\Z"),
             st.from_regex(r"\A[A-Za-z0-9.+_-]{1,64}\Z"),
@@ -104,15 +111,17 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         round=st.integers(0, 99),
         shared=st.booleans(),
         weights=weights | st.none(),
+        signed=cards | st.none(),
     ),
     ExpertReply: of(
         ExpertReply,
         cancer=cancers,
-        patients=patients,
-        events=patients,
+        patients=counts,
+        events=counts,
         weights=weights,
         score=scores,
         seconds=seconds,
+        signed=cards | st.none(),
     ),
     TransferRequest: of(
         TransferRequest,
@@ -120,10 +129,13 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         cancer=cancers,
         sources=st.lists(cancers, **lists).map(tuple),
         weights=weights,
+        signed=st.lists(cards, **lists).map(tuple),
     ),
     TransferReply: of(
         TransferReply,
         cancer=cancers,
+        patients=counts,
+        events=counts,
         scores=st.lists(scores, **lists).map(tuple),
         training_scores=st.lists(st.lists(scores, **lists).map(tuple), **lists).map(tuple),
         seconds=seconds,
@@ -136,16 +148,25 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         shared=st.booleans(),
         sources=st.lists(cancers, **lists).map(tuple),
         weights=weights,
+        signed=st.lists(cards, **lists).map(tuple),
+        own_signed=cards | st.none(),
         own=weights | st.none(),
         routers=weights | st.none(),
     ),
-    RouterReply: of(RouterReply, cancer=cancers, events=patients, weights=weights, seconds=seconds),
+    RouterReply: of(
+        RouterReply,
+        cancer=cancers,
+        patients=counts,
+        events=counts,
+        weights=weights,
+        seconds=seconds,
+    ),
     ReleaseRequest: of(ReleaseRequest, study=studies, cancer=cancers, routers=weights | st.none()),
     ReleaseReply: of(
         ReleaseReply,
         cancer=cancers,
-        patients=patients,
-        events=patients,
+        patients=counts,
+        events=counts,
         arms=st.dictionaries(
             st.sampled_from(["local", "zero_shot", "roupkt"]), arm_scores, **lists
         ),
@@ -154,6 +175,7 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         reason=st.from_regex(r"\A[a-z0-9 ,.]{0,120}\Z"),
         seconds=seconds,
     ),
+    HeldRequest: of(HeldRequest),
     Failure: of(
         Failure,
         code=st.sampled_from(get_args(messages.Code)),
@@ -198,6 +220,7 @@ def sample(kind: type[Message]) -> Message:
     )
     count = CohortCount(cancer=Cancer.UVM, patients=80, events=21, dim=4)
     source = (Cancer.UVM, Cancer.BRCA)
+    card = Signed(card='{"cancer":"UVM"}', signature="ab" * 64)
     values: dict[str, Any] = {
         "task": "t/1",
         "study": study,
@@ -209,7 +232,9 @@ def sample(kind: type[Message]) -> Message:
         "round": 1,
         "shared": True,
         "weights": w,
+        "signed": card if kind in (ExpertRequest, ExpertReply) else (card, card),
         "own": w,
+        "own_signed": card,
         "routers": w,
         "patients": 80,
         "events": 21,
@@ -254,22 +279,30 @@ def test_every_class_is_tested_here() -> None:
 ALLOWED: dict[type, set[str]] = {
     DescribeRequest: {"task", "protocol", "study"},
     DescribeReply: {"task", "protocol", "site", "cohorts", "encoder", "versions"},
-    ExpertRequest: {"task", "protocol", "study", "cancer", "round", "shared", "weights"},
+    ExpertRequest: {
+        *("task", "protocol", "study", "cancer", "round", "shared", "weights", "signed"),
+    },
     ExpertReply: {
         *("task", "protocol", "cancer", "patients", "events", "weights", "score", "seconds"),
+        "signed",
     },
-    TransferRequest: {"task", "protocol", "study", "cancer", "sources", "weights"},
-    TransferReply: {"task", "protocol", "cancer", "scores", "training_scores", "seconds"},
+    TransferRequest: {"task", "protocol", "study", "cancer", "sources", "weights", "signed"},
+    TransferReply: {
+        *("task", "protocol", "cancer", "patients", "events"),
+        *("scores", "training_scores", "seconds"),
+    },
     RouterRequest: {
         *("task", "protocol", "study", "cancer", "round", "shared", "sources"),
-        *("weights", "own", "routers"),
+        *("weights", "signed", "own", "own_signed", "routers"),
     },
-    RouterReply: {"task", "protocol", "cancer", "events", "weights", "seconds"},
+    Signed: {"card", "signature"},
+    RouterReply: {"task", "protocol", "cancer", "patients", "events", "weights", "seconds"},
     ReleaseRequest: {"task", "protocol", "study", "cancer", "routers"},
     ReleaseReply: {
         *("task", "protocol", "cancer", "patients", "events", "arms", "routing"),
         *("zero_shot_choice", "reason", "seconds"),
     },
+    HeldRequest: {"task", "protocol"},
     Failure: {"task", "protocol", "code", "site", "reference"},
     CohortCount: {"cancer", "patients", "events", "dim"},
     Score: {"c_index", "se"},
@@ -278,7 +311,7 @@ ALLOWED: dict[type, set[str]] = {
         *("gain", "gain_se", "gain_low", "gain_high"),
     },
     StudyConfig: {
-        *("endpoint", "seed", "folds", "split", "rounds", "initial_hazard", "source"),
+        *("purpose", "endpoint", "seed", "folds", "split", "rounds", "initial_hazard", "source"),
         *("max_sources", "shape", "training", "router"),
     },
     ExpertShape: {"dim", "embed", "attention", "bins"},
@@ -364,6 +397,25 @@ def test_a_file_round_trips(tmp_path: Path, kind) -> None:
         load(tmp_path / "a" / "message.npz", expected=others)
 
 
+def test_a_file_is_not_larger_than_it_looks(tmp_path: Path) -> None:
+    path = tmp_path / "message.npz"
+    np.savez_compressed(path, text=np.array("x"), weights=np.zeros(1 << 22, dtype=np.float32))
+    with pytest.raises(MessageError):
+        load(path, expected=EVERY)
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)}
+    )
+    with ZipFile(path, "w") as stored:
+        stored.writestr("text.npy", head.getvalue())
+    tracemalloc.start()
+    with pytest.raises(MessageError):
+        load(path, expected=EVERY)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
 @pytest.mark.parametrize("make", ["text", "npy", "object", "empty", "cut", "zip"])
 def test_another_file_is_refused(tmp_path: Path, make) -> None:
     path = tmp_path / "message.npz"
@@ -405,8 +457,8 @@ def test_an_unknown_key_is_refused_and_not_repeated(kind) -> None:
 def test_a_value_of_another_type_is_refused_by_field(kind, wrong) -> None:
     message = sample(kind)
     for name in json.loads(pack(message)[0])["values"]:
-        if name in ("encoder", "shared") or (wrong is True and name not in ("study", "cancer")):
-            continue  # `encoder` is any short text; True is the number 1
+        if name == "shared" and wrong is True:
+            continue
         said = refused(*edited(message, **{name: wrong}))
         assert said == f"{kind.__name__}: field {name} is not as agreed."
 
@@ -525,6 +577,37 @@ def test_a_task_id_is_plain(task) -> None:
 def test_a_failure_carries_no_text() -> None:
     for name in ("code", "site", "reference"):
         refused(*edited(sample(Failure), **{name: f"{SECRET} /data/slides"}))
+
+
+@pytest.mark.parametrize("wrong", ["80", 80.0, "80.0", "", True])
+def test_a_number_is_a_number_of_its_own_type(wrong) -> None:
+    assert refused(*edited(sample(ExpertReply), patients=wrong)).endswith(
+        "field patients is not as agreed."
+    )
+
+
+def test_settings_are_read_as_strictly() -> None:
+    study = json.loads(pack(sample(ExpertRequest))[0])["values"]["study"]
+    for change in ({"seed": "3"}, {"folds": 5.0}, {"initial_hazard": "0.06"}, {"shape": []}):
+        refused(*edited(sample(ExpertRequest), study=study | change))
+    text, packed = edited(sample(ExpertRequest), study=study | {"initial_hazard": None})
+    unpack(text, packed, expected=EVERY)
+    del study["rounds"]  # an older coordinator's may lack a setting
+    unpack(*edited(sample(ExpertRequest), study=study), expected=EVERY)
+
+
+def test_a_key_comes_once_and_values_are_an_object() -> None:
+    text, packed = pack(sample(Failure))
+    refused(text.replace('"code":"data"', '"code":"data","code":"data"'), packed)
+    refused(text[:-1] + ',"shapes":{}}', packed)
+    whole = json.loads(text)
+    refused(json.dumps(whole | {"values": list(whole["values"].items())}), packed)
+    refused(json.dumps(whole | {"more": 1}), packed)
+
+
+def test_an_encoder_is_a_name() -> None:
+    for wrong in ("/data/slides", "a b", "UNI\n", "x" * 65, "-a"):
+        refused(*edited(sample(DescribeReply), encoder=wrong))
 
 
 # Whatever comes

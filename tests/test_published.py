@@ -213,3 +213,19 @@ def test_no_file_and_a_folder(tmp_path) -> None:
         load_expert(tmp_path / "absent.pth")
     with pytest.raises(ArtifactError):
         load_expert(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1, dtype=torch.float64).expand(1 << 20, 1 << 20),  # 8 TB, if converted
+        torch.zeros(E, D).to_sparse(),
+        torch.zeros(E, D, device="meta"),
+        torch.zeros(E, D, dtype=torch.complex64),
+        torch.zeros(E, D, dtype=torch.int64),
+    ],
+)
+def test_a_tensor_that_is_not_plain_is_refused(write, tensor) -> None:
+    path = write(draw(EXPERT) | {"feat_proj.0.weight": tensor})
+    with pytest.raises(ArtifactError, match="not plain"):
+        load_expert(path)

@@ -23,7 +23,7 @@ from cropkt.messages import (
     RouterRequest,
     Score,
 )
-from cropkt.wire import from_record, to_record
+from cropkt.wire import LARGE, from_record, to_record
 
 EVERY = REQUESTS + REPLIES
 SECRET = "SECRETVALUE"
@@ -87,6 +87,37 @@ def test_all_arrays_and_none_cross_flower() -> None:
     assert back.study == request.study
     failure = Failure(task="t", code="data")
     assert from_record(to_record(failure), expected=EVERY) == failure
+
+
+def test_large_rows_travel_as_parts_of_their_own(reply) -> None:
+    """So that Flower, which names what it keeps by content, keeps an expert once."""
+    rows = np.random.default_rng(0).normal(size=(12, LARGE // 4)).astype(np.float32)
+    record = to_record(replace(reply, weights=rows))
+    other = to_record(replace(reply, weights=rows[3:5]))
+    parts, others = record["weights"], other["weights"]
+    assert sorted(parts) == [f"weights.{number:05d}" for number in range(12)]
+    assert [others[name].object_id for name in sorted(others)] == [
+        parts[f"weights.{number:05d}"].object_id for number in (3, 4)
+    ]
+    back = from_record(record, expected=EVERY)
+    assert isinstance(back, ExpertReply)
+    assert np.array_equal(back.weights, rows)
+    assert sorted(to_record(replace(reply, weights=rows[:, 1:]))["weights"]) == ["weights"]
+
+
+def test_parts_that_do_not_fit_are_refused(reply) -> None:
+    part = Array(WEIGHTS.reshape(-1)[:3])
+    for names in (
+        ("weights.00000", "weights.00002"),
+        ("weights.00001", "weights.00002"),
+        ("weights.0", "weights.1"),
+        ("weights", "weights.00000"),
+        ("weights.00000", f"{SECRET}.00000"),
+        ("weights.00000", "weights.00001", "weights.00002"),
+    ):
+        record = to_record(reply)
+        record["weights"] = ArrayRecord(dict.fromkeys(names, part))
+        refused(record)
 
 
 def test_views_and_other_orders_cross_as_they_look(reply) -> None:
