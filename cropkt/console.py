@@ -8,7 +8,8 @@ from typing import NoReturn
 
 import typer
 
-from cropkt.errors import CropktError
+from cropkt.errors import CropktError, DiskFullError
+from cropkt.files import disk_full
 
 
 @contextlib.contextmanager
@@ -18,11 +19,16 @@ def one_line(command: str) -> Iterator[None]:
         yield
     except CropktError as error:
         fail(command, str(error), error.exit_code)
-    except OSError as error:
-        where = error.filename or "this machine"
-        fail(command, f"{where}: {error.strerror or type(error).__name__}.", 74)
     except KeyboardInterrupt:
         fail(command, "interrupted; run the same command to go on", 130)
+    except Exception as error:
+        where = getattr(error, "filename", None) or "this machine"
+        if disk_full(error):
+            full = DiskFullError(where, "no space is left on a disk", "Free some, and try again")
+            fail(command, str(full), full.exit_code)
+        if not isinstance(error, OSError):
+            raise
+        fail(command, f"{where}: {error.strerror or type(error).__name__}.", 74)
 
 
 def fail(command: str, text: str, code: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The hospital's Flower app: receives a message, answers it, never says more than the contract.
+"""The hospital's Flower app: receives a message, answers it through the gate and in no other way.
 
 The same app runs in a hospital and in the simulation; where the site's configuration lies comes
 from the node (`config`, and the `cancers` served) or, in a simulation, from the run (`sites` and
@@ -20,26 +20,32 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
 from cropkt.errors import (
+    ArtifactError,
+    BudgetError,
     CropktError,
     DataError,
     MessageError,
     NotEstimableError,
+    RefusedError,
     TrainingFailedError,
 )
 from cropkt.experts.device import resolve_device
+from cropkt.files import disk_full
 from cropkt.messages import (
     REPLIES,
     Code,
     DescribeRequest,
     ExpertRequest,
-    Failure,
+    HeldRequest,
     Message,
     ReleaseRequest,
     RouterRequest,
     TransferRequest,
 )
-from cropkt.wire import from_record, to_record
+from cropkt.wire import from_record
 from cropkt_client import tasks
+from cropkt_client.budget import spent_on
+from cropkt_client.gate import Gate
 from cropkt_client.site import Site
 from cropkt_client.worker import log_frames
 
@@ -78,51 +84,68 @@ def release(message: FlowerMessage, context: Context) -> FlowerMessage:
     return _answer(message, context, ReleaseRequest, tasks.release)
 
 
+@app.query("held")
+def held(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """Answer `query.held`."""
+    gate = _gate(context)
+    try:
+        request = _request(message, HeldRequest)
+    except Exception as error:
+        return _failure("unknown", gate, error, message)
+    return gate.again(request, to=message)
+
+
 def _answer(
     message: FlowerMessage,
     context: Context,
     kind: type[Request],
     task: Callable[[Request, Site], Message],
 ) -> FlowerMessage:
-    """Return the stored or new answer, or a failure that carries a code and no text."""
-    name, site = "unknown", None
+    """Return what the gate makes of the stored or new answer, or of an error's code."""
+    gate, name = _gate(context), "unknown"
     try:
-        request = from_record(message.content, expected=(kind,))
-        if not isinstance(request, kind):
-            raise MessageError("message", f"expected {kind.__name__}")
+        request = _request(message, kind)
         name = request.task
+        gate.admit(request)
         site = _site(context)
-        reply = site.answered(request, REPLIES)
-        if reply is None:
-            reply = task(request, site)
-            site.keep_answer(request, reply)
+        answer = site.answered(request, REPLIES)
+        if answer is None:
+            answer = task(request, site)
+            site.keep_answer(request, answer)
     except Exception as error:  # whatever went wrong, its text stays here
-        reply = _failure(name, site, error)
-    return FlowerMessage(to_record(reply), reply_to=message)
+        if disk_full(error):
+            raise  # nothing is wrong with the task: it comes again when there is space
+        return _failure(name, gate, error, message)
+    return gate.release(answer, request, to=message)
 
 
-def _failure(task: str, site: Site | None, error: Exception) -> Failure:
-    """Log the error on this site and return what may be said of it elsewhere."""
+def _request(message: FlowerMessage, kind: type[Request]) -> Request:
+    request = from_record(message.content, expected=(kind,))
+    if not isinstance(request, kind):
+        raise MessageError("message", f"expected {kind.__name__}")
+    return request
+
+
+def _failure(task: str, gate: Gate, error: Exception, message: FlowerMessage) -> FlowerMessage:
+    """Log the error on this site, and let out what may be said of it elsewhere."""
     reference = secrets.token_hex(4)
     if isinstance(error, CropktError):  # our own texts hold no patient
         log.error("%s failed (reference %s): %s", task, reference, error)
     else:
         log.error("%s failed (reference %s)", task, reference)
         log_frames(error)
-    return Failure(
-        task=task,
-        code=_code(error),
-        site=site.config.site if site else None,
-        reference=reference,
-    )
+    return gate.fail(task, _code(error), to=message, reference=reference)
 
 
 def _code(error: Exception) -> Code:
     codes: tuple[tuple[type[Exception], Code], ...] = (
         (NotEstimableError, "not_estimable"),
+        (ArtifactError, "refused"),
         (DataError, "data"),
         (TrainingFailedError, "training_failed"),
         (MessageError, "bad_message"),
+        (BudgetError, "budget"),
+        (RefusedError, "policy"),
     )
     if _out_of_memory(error):
         return "training_failed"
@@ -144,10 +167,20 @@ def _site(context: Context) -> Site:
 
     A client names a device. The simulation, whose processes share one machine, stays on the CPU.
     """
-    node = context.node_config
     device = resolve_device(os.environ.get("CROPKT_DEVICE", "cpu"))
+    served = str(context.node_config.get("cancers", "")).split()
+    return Site.load(_config(context), cancers=served, device=device)
+
+
+def _gate(context: Context) -> Gate:
+    """Return the only way out of this site."""
+    config = _config(context)
+    return Gate.of(config, spent=spent_on(config))
+
+
+def _config(context: Context) -> Path:
+    """Return where the `site.yaml` of this node lies."""
+    node = context.node_config
     if "config" in node:
-        served = str(node.get("cancers", "")).split()
-        return Site.load(Path(str(node["config"])), cancers=served, device=device)
-    folder = Path(str(context.run_config["sites"])) / str(node["partition-id"])
-    return Site.load(folder / "site.yaml", device=device)
+        return Path(str(node["config"]))
+    return Path(str(context.run_config["sites"])) / str(node["partition-id"]) / "site.yaml"

@@ -1,7 +1,8 @@
 """`cropkt-client`: a hospital joins a study and serves it for weeks.
 
 Exit codes: 0 the study is closed, 130 and 143 interrupted, 64 a wrong option, 69 the coordinator
-cannot be reached, 76 versions that do not go together, 77 refused, 78 configuration.
+cannot be reached, 74 a disk that is full, 76 versions that do not go together, 77 refused, 78
+configuration.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cropkt.console import one_line
+from cropkt_client import governance
+from cropkt_client.governance import AsJson, Config
 
 if TYPE_CHECKING:
     from cropkt_client.enrol import Enrolment
@@ -32,8 +35,6 @@ DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
 LONGEST_STOP = 40.0  # seconds a client may take to stop
 
 _DEVICES = "auto, cuda[:i], cpu or mps  [default: auto]"
-Config = Annotated[Path | None, typer.Option(help="This site's settings  [default: site.yaml]")]
-AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 
 app = typer.Typer(
     add_completion=False,
@@ -46,8 +47,12 @@ app = typer.Typer(
     cropkt-client --site lumc --cancer UVM --cancer SKCM
     cropkt-client --site lumc --cancer UVM --detach
     cropkt-client status
+    cropkt-client release list
+    cropkt-client ledger show
     """,
 )
+app.add_typer(governance.release, name="release")
+app.add_typer(governance.ledger, name="ledger")
 
 
 @app.callback(invoke_without_command=True)
@@ -102,22 +107,28 @@ def status(context: typer.Context, config: Config = None, as_json: AsJson = Fals
     """Say whether this site is enrolled, runs and is connected; exit code 3 if it does not run."""
     from cropkt.errors import ConfigError
     from cropkt_client.enrol import Enrolment
+    from cropkt_client.held import Shelf
     from cropkt_client.log import read_status
     from cropkt_client.serve import running
+    from cropkt_client.settings import state_folder
 
     with one_line("cropkt-client"):
-        state, enrolment = _state(config or context.obj), None
+        state, enrolment = state_folder(config or context.obj), None
         with contextlib.suppress(ConfigError):
             enrolment = Enrolment.load(state)
         pid, told = running(state), read_status(state)
+        held = sum(one.decision == "waiting" for one in Shelf(state).all())
     if told and pid and pid != told.pid:
         told = None  # an earlier client's: this one has reported nothing yet
     if as_json:
         whole = {"enrolled": enrolment is not None, "running": pid is not None, "pid": pid}
+        whole["held"] = held
         typer.echo(json.dumps({**(asdict(told) if told else {}), **whole}, sort_keys=True))
     else:
         for line in _in_words(enrolment, pid, told):
             typer.echo(line)
+        if held:
+            typer.echo(f"waiting for approval: {held}; see cropkt-client release list")
     raise typer.Exit(0 if pid else 3)
 
 
@@ -126,9 +137,10 @@ def stop(context: typer.Context, config: Config = None) -> None:
     """Stop the client; a task at work is cut off and comes again when it runs again."""
     from cropkt.errors import UsageError
     from cropkt_client.serve import running
+    from cropkt_client.settings import state_folder
 
     with one_line("cropkt-client"):
-        state = _state(config or context.obj)
+        state = state_folder(config or context.obj)
         pid = running(state)
         if pid is None:
             typer.echo("not running")
@@ -140,6 +152,24 @@ def stop(context: typer.Context, config: Config = None) -> None:
                 raise UsageError(f"process {pid}", "does not stop", f"End it: kill -9 {pid}")
             time.sleep(0.1)
         typer.echo("stopped")
+
+
+@app.command()
+def signers(context: typer.Context, config: Config = None, as_json: AsJson = False) -> None:
+    """List whose experts this site uses, with fingerprints to compare by telephone."""
+    from cropkt_client.settings import read_settings
+    from cropkt_client.trust import Trust
+
+    with one_line("cropkt-client"):
+        path = (config or context.obj).resolve()
+        settings = read_settings(path)
+        known = Trust(settings, path.parent / settings.state).known()
+    if as_json:
+        typer.echo(json.dumps(known, sort_keys=True))
+        return
+    for name, fingerprint in known.items():
+        this = "  (this site)" if name == settings.site else ""
+        typer.echo(f"{fingerprint}  {name}{this}")
 
 
 def _place(config: Path, site: str, cancers: Sequence[str], device: str) -> Place:
@@ -192,13 +222,6 @@ def _place(config: Path, site: str, cancers: Sequence[str], device: str) -> Plac
 
 def _list(cancers: Iterable[str]) -> str:
     return " ".join(sorted(cancers))
-
-
-def _state(config: Path) -> Path:
-    from cropkt_client.settings import read_settings
-
-    config = config.resolve()
-    return (config.parent / read_settings(config).state).resolve()
 
 
 def _detach(place: Place, arguments: list[str]) -> None:

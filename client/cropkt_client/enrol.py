@@ -121,6 +121,52 @@ on_bad: raise
 
 # Keys, models, answers and logs of this site. Keep it: it is this site's identity.
 state: state
+
+# The licence under which this site's experts may be used, for their cards.
+licence: ""
+
+# Whose experts this site uses, by fingerprints compared by telephone (see: cropkt-client signers).
+# Left out, the first key seen of each site counts from then on.
+# signers:
+#   another-clinic: 0123 4567 89ab cdef 0123 4567 89ab cdef
+
+# DECIDE: what may leave this hospital. Without this section nothing does. Every message that leaves
+# is in the ledger first: cropkt-client ledger show.
+release:
+  # human: each answer waits until somebody here looks at it and approves it, with
+  # cropkt-client release list, show, approve or refuse. auto: what the rules below allow leaves.
+  approval: human
+
+  # No model, score or count of fewer patients, or of fewer events (deaths, say), leaves.
+  minimum_patients: 20
+  minimum_events: 10
+
+  # Counts leave as multiples of this.
+  round_counts_to: 5
+
+  # The questions that may be answered: what this site holds; its expert; how others' experts do
+  # here; its router; its final scores.
+  messages: [query.describe, train.expert, evaluate.transfer, train.router, evaluate.release]
+
+  # Of which cancers, and for studies of which purpose.
+  cancers: [{cancers}]
+  purposes: [research]
+
+  # An expert stays if membership is told too well from it: the upper end of the 95 % interval of
+  # the attack's AUROC, where .5 is a coin toss. A small cohort has a wide interval.
+  audit:
+    max_auroc_upper: 0.75
+
+  # Size of one answer.
+  max_megabytes: 512
+
+# DECIDE: whether what leaves is differentially private. With this section one expert, trained with
+# noise, leaves and no score; all that ever leaves of one of the cancers tells of a patient at most
+# epsilon. It is never given back; other numbers here later do not change what was spent.
+# privacy:
+#   epsilon: 8
+#   delta: 1.0e-5  # below one over the number of patients
+#   per_release: 2  # what one expert may spend
 """
 
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 
 import httpx
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 
 # The numbers of the errors that a reply can carry, and how a task may end: plain constants.
 from flwr.common.constant import ErrorCode, SubStatus
@@ -42,9 +42,10 @@ from flwr.supercore.task_identity import TaskIdentity
 # How a task's message comes as objects and a reply goes: 80 lines that are not ours to repeat.
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from cropkt.errors import CropktError, MessageError
-from cropkt.messages import REQUESTS, Failure
-from cropkt.wire import from_record, to_record
+from cropkt.errors import CropktError, DiskFullError, MessageError
+from cropkt.messages import REQUESTS, Code
+from cropkt.wire import from_record
+from cropkt_client.gate import Gate
 from cropkt_client.log import Status
 from cropkt_client.worker import Worker, WorkerDiedError
 
@@ -52,6 +53,7 @@ APP = "cropkt_client.app:app"
 TASK = "flwr-clientapp"  # the only kind of task this site ever takes
 ATTEMPTS = 3  # a child that died may have been killed by hand: the next one resumes
 POLL = 0.5  # seconds between looks at the SuperNode, which itself looks every 3
+DISK_WAIT = 10.0  # seconds between attempts while a disk is full
 REST = 600.0  # idle seconds after which the child gives its memory back
 
 log = logging.getLogger("cropkt.client")
@@ -65,7 +67,7 @@ class Executor(threading.Thread):
         secret: what the SuperNode and its executor share.
         worker: calls `run_app` in a child process.
         bundle: SHA-256 of the only bundle to answer to.
-        site: this site's name.
+        gate: of this site; its failures leave through it.
         status: where to report.
     """
 
@@ -76,12 +78,12 @@ class Executor(threading.Thread):
         secret: bytes,
         worker: Worker,
         bundle: str,
-        site: str,
+        gate: Gate,
         status: Status,
     ) -> None:
         super().__init__(name="executor", daemon=True)
         self._address, self._secret, self._worker = address, secret, worker
-        self._bundle, self._site, self._status = bundle, site, status
+        self._bundle, self._gate, self._status = bundle, gate, status
         self._ending = threading.Event()
         self._busy = threading.Lock()  # held from asking for a task until it has ended
         self._acquirer: RuntimeHttpClient | None = None  # of the address below
@@ -161,13 +163,17 @@ class Executor(threading.Thread):
                 text = f"refused a foreign bundle {got[:16]}; nothing of it was executed"
                 log.error("%s: %s", kind, text)
                 self._status.failed(text)
-                refusal = Error(ErrorCode.INVALID_FAB, "not the bundle of this version of cropkt")
-                self._deliver(client, Message(refusal, reply_to=message), context, SubStatus.FAILED)
+                reason = "not the bundle of this version of cropkt"
+                refusal = self._gate.error(ErrorCode.INVALID_FAB, reason, to=message)
+                self._deliver(client, refusal, context, SubStatus.FAILED)
                 return
             log.info("%s: begins", kind)
             reply, context = self._answer(message, context)
             if self._ending.is_set():
                 return
+            if not self._gate.passed(reply):
+                log.error("%s: the answer did not come through the gate, and stays here", kind)
+                reply = self._failure(message, secrets.token_hex(4), died=False)
             self._deliver(client, reply, context, SubStatus.COMPLETED)
             log.info("%s: answered after %.1f s", kind, time.monotonic() - started)
         finally:
@@ -181,6 +187,11 @@ class Executor(threading.Thread):
             try:
                 answer: tuple[Message, Context] = self._worker.call(identity, message, context)
                 return answer
+            except DiskFullError as error:
+                log.error("%s: %s The task goes on then", message.metadata.message_type, error)
+                self._status.failed(str(error))
+                self._ending.wait(DISK_WAIT)
+                attempt -= 1  # nothing is wrong with the task
             except CropktError as error:
                 died, reference = isinstance(error, WorkerDiedError), secrets.token_hex(4)
                 last = not died or attempt == ATTEMPTS or self._ending.is_set()
@@ -197,15 +208,10 @@ class Executor(threading.Thread):
         try:
             task = from_record(message.content, expected=REQUESTS).task
         except (MessageError, ValueError):  # Flower's, where a message has no content
-            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"reference {reference}")
-            return Message(error, reply_to=message)
-        failure = Failure(
-            task=task,
-            code="training_failed" if died else "internal",
-            site=self._site,
-            reference=reference,
-        )
-        return Message(to_record(failure), reply_to=message)
+            reason = f"reference {reference}"
+            return self._gate.error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason, to=message)
+        code: Code = "training_failed" if died else "internal"
+        return self._gate.fail(task, code, to=message, reference=reference)
 
     def _deliver(
         self, client: RuntimeHttpClient, reply: Message, context: Context, outcome: str

@@ -17,28 +17,26 @@ from importlib.metadata import version
 from typing import Annotated, Any, TypeVar
 
 import httpx
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization as ser
-from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 import cropkt
 from cropkt.bundle import bundle_hash
 from cropkt.cancers import Cancer
 from cropkt.errors import CropktError, RefusedError, UnavailableError, VersionMismatchError
+from cropkt.experts.card import PublicKey, Sha256
 from cropkt.invite import Invite
-from cropkt.messages import PROTOCOL, SiteName
+from cropkt.messages import MAX_ITEMS, PROTOCOL, Finite, SiteName, Version
 
-MAX_SKEW = 300.0  # seconds; Flower refuses signatures that are older
+MAX_SKEW = 300.0  # seconds; requests are signed with the coordinator's time, but logs are not
 NEW_INVITE = "Ask the coordinator for a new invite"
 _NO_COORDINATOR = "Check that this is the coordinator's host and port, and that it runs"
 _SAME_VERSION = "Install the coordinator's version of cropkt"
-_MAX_BODY = 1 << 16
+_MAX_BODY = 1 << 20
 _TIMEOUT = httpx.Timeout(20.0, connect=10.0)
+_PLAIN = {"Accept-Encoding": "identity"}
 _LENIENT = ConfigDict(extra="ignore")  # a newer coordinator may say more
 
-Key32 = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{43}=$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Told = TypeVar("Told")
 
 
@@ -47,12 +45,13 @@ class Hello:
     """What the coordinator says to everybody."""
 
     study: SiteName
-    cropkt: str
-    protocol: int
-    flwr: str
+    cropkt: Version
+    protocol: Annotated[int, Field(ge=0, le=10_000)]
+    flwr: Version
     bundle: Sha256
-    time: float  # unix seconds
+    time: Finite  # unix seconds
     closed: bool = False  # the study is over
+    revoked: tuple[Sha256, ...] = ()  # experts that are not to be used any more
 
 
 @dataclass(frozen=True, kw_only=True, config=_LENIENT)
@@ -62,7 +61,7 @@ class Accepted:
     study: SiteName
     site: SiteName
     cancers: tuple[Cancer, ...]
-    coordinator_key: Key32  # base64 of the raw Ed25519 public key
+    coordinator_key: PublicKey
     bundle: Sha256  # the only Flower bundle this site answers to
 
 
@@ -90,11 +89,10 @@ class Coordinator:
         """
         offered = cls(invite.host, None)._ask("GET", "/v1/cropkt/ca")
         with suppress(ValueError):
-            certificate = x509.load_pem_x509_certificate(offered)
-            der = certificate.public_bytes(ser.Encoding.DER)
+            # Compared before it is parsed; of what was sent, only what was compared goes on.
+            der = ssl.PEM_cert_to_DER_cert(offered.decode("ascii"))
             if hashlib.sha256(der).hexdigest() == invite.ca:
-                # Of what was sent, only the certificate that was compared goes on.
-                pem = certificate.public_bytes(ser.Encoding.PEM)
+                pem = ssl.DER_cert_to_PEM_cert(der).encode()
                 return cls(invite.host, pem), pem
         problem = "its certificate authority is not the one in the invite"
         raise RefusedError(invite.host, problem, f"Somebody may listen in. {NEW_INVITE}")
@@ -134,10 +132,10 @@ class Coordinator:
         content = bytearray()
         try:
             with (
-                httpx.Client(verify=self._verify, timeout=_TIMEOUT) as client,
+                httpx.Client(verify=self._verify, timeout=_TIMEOUT, headers=_PLAIN) as client,
                 client.stream(method, f"https://{self._host}{path}", json=body) as response,
             ):
-                for chunk in response.iter_bytes():
+                for chunk in response.iter_raw():  # decompressed, it could be any size
                     content += chunk
                     if len(content) > _MAX_BODY:
                         problem = "its answer is too long"
@@ -152,8 +150,8 @@ class Coordinator:
         problem, code = f"it answered with HTTP status {status}", ""
         if status == 404 or status >= 500:
             return UnavailableError(self._host, problem, _NO_COORDINATOR)
-        with suppress(ValueError, KeyError, TypeError):
-            told = json.loads(content)
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            told = json.loads(content.decode())
             shown = "".join(c if c.isprintable() else " " for c in str(told["message"]))[:300]
             problem, code = f"the coordinator refuses: {shown.strip().rstrip('.')}", told["code"]
         if status == 429:
@@ -163,6 +161,8 @@ class Coordinator:
 
     def _understood(self, kind: type[Told], content: bytes) -> Told:
         try:
+            if content.count(b",") > MAX_ITEMS:
+                raise VersionMismatchError(self._host, "its answer is too long", _SAME_VERSION)
             return TypeAdapter(kind).validate_json(content)
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"][:1])) or "all of it"

@@ -31,6 +31,7 @@ from cropkt_client.enrol import Enrolment
 from cropkt_client.link import MAX_SKEW, Coordinator, Hello, check_versions, skew
 from cropkt_client.log import Status, open_log
 from cropkt_client.supernode import SuperNode, settle_environment
+from cropkt_client.trust import note_revoked
 from cropkt_client.worker import Worker
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def serve(place: Place) -> None:
         status = Status(place.state, site=place.enrolment.site, study=place.enrolment.study)
         try:
             check_device(place.device)
-            if not _first_hello(place, status).closed:
-                _serve(place, status)
+            hello = _first_hello(place, status)
+            if not hello.closed:
+                _serve(place, status, ahead=skew(hello))
         except CropktError as error:
             log.error("%s", error)
             status.failed(str(error))
@@ -78,8 +80,9 @@ def serve(place: Place) -> None:
         log.info("the study is closed")
 
 
-def _serve(place: Place, status: Status) -> None:
+def _serve(place: Place, status: Status, *, ahead: float) -> None:
     from cropkt_client.executor import Executor  # Flower loads here, in a settled environment
+    from cropkt_client.gate import Gate
 
     node = SuperNode(
         host=place.enrolment.host,
@@ -87,12 +90,13 @@ def _serve(place: Place, status: Status) -> None:
         node_config={"config": str(place.config), "cancers": " ".join(place.cancers)},
         report=status.failed,
     )
+    node.ahead = ahead
     executor = Executor(
         address=lambda: node.address,
         secret=node.secret,
         worker=Worker("cropkt_client.executor:run_app", {"CROPKT_DEVICE": place.device}),
         bundle=bundle_hash(),
-        site=place.enrolment.site,
+        gate=Gate(site=place.enrolment.site, state=place.state),  # lets out failures only
         status=status,
     )
     try:
@@ -134,6 +138,7 @@ def _first_hello(place: Place, status: Status) -> Hello:
             status.failed(str(error))
             time.sleep(POLL_LOST)
     check(hello, place.enrolment)
+    note_revoked(place.state, hello.revoked)
     status.connected(True)
     log.info("%s serves study %s at %s", *(status.state.site, hello.study, place.enrolment.host))
     ahead = skew(hello)
@@ -167,10 +172,12 @@ def _watch(place: Place, status: Status, node: SuperNode, executor: Executor) ->
             continue
         try:
             hello = place.coordinator.hello()
+            node.ahead = skew(hello)
             if status.connected(True):
                 log.info("the coordinator answers again")
             over = hello.closed
             check(hello, place.enrolment)
+            note_revoked(place.state, hello.revoked)
         except (VersionMismatchError, ConfigError) as error:
             over, why = True, error  # what is at work may still be answered
         except CropktError as error:

@@ -115,15 +115,26 @@ class Site:
         """Remember an answer before it is sent, so that the task never runs twice."""
         save(reply, self._answer(request))
         if isinstance(request, ExpertRequest | RouterRequest):
-            self._checkpoint(request.cancer).unlink(missing_ok=True)
+            for name in ("training", "private"):
+                self._checkpoint(request.cancer, name).unlink(missing_ok=True)
 
-    def checkpoint(self, request: ExpertRequest | RouterRequest, cohort: Cohort) -> Checkpoint:
-        """Return where the training of this request from these patients is kept."""
+    def checkpoint(
+        self, request: ExpertRequest | RouterRequest, cohort: Cohort, *, private: str = ""
+    ) -> Checkpoint:
+        """Return where the training of this request from these patients is kept.
+
+        Args:
+            request: that asks for it.
+            cohort: the patients.
+            private: what else decides the training, where it is the private one.
+        """
         digest = self._digest(request)
+        digest.update(private.encode())
         for column in (cohort.days, cohort.event):
             digest.update(column.tobytes())
         digest.update(repr((cohort.patient_ids, cohort.slides)).encode())
-        return Checkpoint(self._checkpoint(request.cancer), key=digest.hexdigest())
+        path = self._checkpoint(request.cancer, "private" if private else "training")
+        return Checkpoint(path, key=digest.hexdigest())
 
     def keep(self, name: str, arrays: dict[str, NDArray[Any]]) -> None:
         """Keep named arrays of this site, such as the weights of its models."""
@@ -148,11 +159,15 @@ class Site:
             self.keep(name, found)
         return found
 
-    def _checkpoint(self, cancer: Cancer) -> Path:
-        return self.state / cancer / "training.npz"
+    def digest(self, request: Message) -> str:
+        """Return a SHA-256 of all that a request asks."""
+        return self._digest(request).hexdigest()
+
+    def _checkpoint(self, cancer: Cancer, name: str) -> Path:
+        return self.state / cancer / f"{name}.npz"
 
     def _answer(self, request: Message) -> Path:
-        return self.state / "answers" / f"{self._digest(request).hexdigest()}.npz"
+        return self.state / "answers" / f"{self.digest(request)}.npz"
 
     def _digest(self, request: Message) -> hashlib._Hash:
         """Return a SHA-256 of all that decides the answer, except the patients."""

@@ -39,6 +39,7 @@ from cropkt.messages import (
     RouterReply,
     RouterRequest,
     Score,
+    Signed,
     TransferReply,
     TransferRequest,
     Weights,
@@ -47,7 +48,10 @@ from cropkt.survival.metrics import Estimate, out_of_fold
 from cropkt.transfer.router_training import RouterStack
 from cropkt.transfer.scores import zero_shot
 from cropkt.transfer.target import Target
+from cropkt_client.private import PrivateExpert, kept_here, refuse_shared, withheld
+from cropkt_client.signing import accept, accept_models, accept_sources, audited, sign_expert
 from cropkt_client.site import Site
+from cropkt_client.trust import Trust
 
 log = logging.getLogger("cropkt.client")
 
@@ -87,6 +91,13 @@ def fit_expert(request: ExpertRequest, site: Site) -> ExpertReply:
     study = request.study
     cohort, plan = _patients(site, request.cancer, study)
     models = len(plan.excluded)
+    private = PrivateExpert.of(request, site, cohort)  # paid for before any work
+    if request.weights is not None:
+        accept(
+            *(site, study, request.weights, request.signed),
+            excluded=plan.excluded,
+            cancer=request.cancer,
+        )
     if request.weights is None:
         experts = Abmil.initial(
             study.shape, seed=study.seed, hazard=study.initial_hazard, models=models
@@ -103,28 +114,47 @@ def fit_expert(request: ExpertRequest, site: Site) -> ExpertReply:
     )
     weights = flatten(experts).cpu().numpy()
     site.keep(f"{request.cancer}/experts", {"weights": weights})
-    score = Target.of(cohort, plan, experts).local_score()
     shared = plan.model() if study.source == "all_patients" else plan.model(0)
+    sent = list(range(models)) if request.shared else [shared]
+    patients, events = len(cohort), int(cohort.event.sum())
+    leaving = weights[sent] if private is None else private.train()
+    score, told = Score(), None
+    if private is None:
+        target = Target.of(cohort, plan, experts)
+        score, told = _score(target.local_score()), audited(target, site)
     return ExpertReply(
         task=request.task,
         cancer=request.cancer,
-        patients=len(cohort),
-        events=int(cohort.event.sum()),
-        weights=weights if request.shared else weights[shared][None],
-        score=_score(score),
-        seconds=time.monotonic() - started,
+        patients=patients,
+        events=events,
+        weights=leaving,
+        score=score,
+        seconds=time.monotonic() - started if private is None else 0.0,
+        signed=sign_expert(
+            *(request, site, leaving, [plan.excluded[i] for i in sent]),
+            patients=patients,
+            events=events,
+            epsilon=private.payment.epsilon if private else None,
+            delta=private.payment.delta if private else None,
+            audit=told,
+        ),
     )
 
 
 def score_sources(request: TransferRequest, site: Site) -> TransferReply:
     """Score the experts of other cancers on this site's patients, per training folds."""
     started = time.monotonic()
-    target = _target(site, request.cancer, request.study, own=None)
+    accept_sources(request, site)
+    if site.config.privacy is not None:
+        return withheld(request, _patients(site, request.cancer, request.study)[0])
+    target = _target(site, request.cancer, request.study)
     opinions = _opinions(site, target, request.weights, request.study)
     whole, *folds = target.source_scores(opinions)
     return TransferReply(
         task=request.task,
         cancer=request.cancer,
+        patients=len(target.cohort),
+        events=int(target.cohort.event.sum()),
         scores=tuple(_score(score) for score in whole),
         training_scores=tuple(tuple(_score(score) for score in row) for row in folds),
         seconds=time.monotonic() - started,
@@ -134,13 +164,22 @@ def score_sources(request: TransferRequest, site: Site) -> TransferReply:
 def fit_router(request: RouterRequest, site: Site) -> RouterReply:
     """Train the router over the experts chosen for this site."""
     started = time.monotonic()
-    if len(request.sources) != len(request.weights):
-        raise MessageError("RouterRequest", "as many experts as sources are needed")
+    private = site.config.privacy is not None
+    if private:
+        refuse_shared(request)
+    accept_sources(request, site)
     site.keep(
         f"{request.cancer}/sources",
-        {"weights": request.weights, "names": np.array(list(request.sources))},
+        {
+            "weights": request.weights,
+            "names": np.array(list(request.sources)),
+            "cards": np.array([signed.card for signed in request.signed]),
+            "signatures": np.array([signed.signature for signed in request.signed]),
+        },
     )
-    target = _target(site, request.cancer, request.study, own=request.own)
+    target = _target(
+        site, request.cancer, request.study, own=request.own, signed=request.own_signed
+    )
     stack = _routers(site, target, request.weights, request.study)
     if request.routers is not None:
         stack.load(_checked(request.routers, stack.module, models=target.views))
@@ -150,9 +189,10 @@ def fit_router(request: RouterRequest, site: Site) -> RouterReply:
     return RouterReply(
         task=request.task,
         cancer=request.cancer,
+        patients=len(target.cohort),
         events=int(target.cohort.event.sum()),
-        weights=weights if request.shared else weights[:1],
-        seconds=time.monotonic() - started,
+        weights=None if private else weights if request.shared else weights[:1],
+        seconds=0.0 if private else time.monotonic() - started,
     )
 
 
@@ -163,8 +203,11 @@ def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
     sources, routers = site.kept(f"{cancer}/sources"), site.kept(f"{cancer}/routers")
     if sources is None or routers is None:
         raise MessageError("ReleaseRequest", f"{cancer} has no router here yet")
-    target = _target(site, cancer, study, own=None)
     names = [Cancer(name) for name in sources["names"]]
+    both = zip(sources["cards"], sources["signatures"], strict=True)
+    signed = [Signed(card=str(card), signature=str(signature)) for card, signature in both]
+    accept_models(site, study, names, sources["weights"], signed)  # one may be revoked since
+    target = _target(site, cancer, study)
     stack = _routers(site, target, sources["weights"], study)
     learnt = routers["weights"] if request.routers is None else request.routers
     stack.load(_checked(learnt, stack.module, models=target.views))
@@ -182,7 +225,7 @@ def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
     choice: Counter[Literal["vote"] | Cancer] = Counter(
         "vote" if index is None else names[index] for index in bare.choice
     )
-    return ReleaseReply(
+    found = ReleaseReply(
         task=request.task,
         cancer=cancer,
         patients=len(target.cohort),
@@ -193,6 +236,7 @@ def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
         reason="" if arms["local"].c_index is not None else "no comparable pair within a fold",
         seconds=time.monotonic() - started,
     )
+    return found if site.config.privacy is None else kept_here(found, site)
 
 
 def _patients(site: Site, cancer: Cancer, study: StudyConfig) -> tuple[Cohort, Plan]:
@@ -207,14 +251,25 @@ def _patients(site: Site, cancer: Cancer, study: StudyConfig) -> tuple[Cohort, P
     return cohort, Plan.cross_fitted(folds)
 
 
-def _target(site: Site, cancer: Cancer, study: StudyConfig, *, own: Weights | None) -> Target:
+def _target(
+    site: Site,
+    cancer: Cancer,
+    study: StudyConfig,
+    *,
+    own: Weights | None = None,
+    signed: Signed | None = None,
+) -> Target:
     """Return the target with its own experts, or with the averaged ones just received."""
     cohort, plan = _patients(site, cancer, study)
     if own is not None:
-        site.keep(f"{cancer}/experts", {"weights": own})
+        accept(site, study, own, signed, excluded=plan.excluded, cancer=cancer)
+        hashes = [] if signed is None else [signed.hash]
+        site.keep(f"{cancer}/experts", {"weights": own, "hashes": np.array(hashes)})
     kept = site.kept(f"{cancer}/experts")
     if kept is None:
         raise MessageError("message", f"{cancer} has no expert here yet")
+    for averaged in kept.get("hashes", ()):
+        Trust(site.config, site.state).refuse_revoked(f"average of {cancer}", str(averaged))
     experts = _experts(site, study.shape, kept["weights"], models=len(plan.excluded))
     return Target.of(cohort, plan, standardise_for(experts, cohort, plan, study.training))
 

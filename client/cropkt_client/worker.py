@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cropkt.errors import TrainingFailedError
+from cropkt.errors import DiskFullError, TrainingFailedError
+from cropkt.files import disk_full
 from cropkt_client.log import Carried, carry_over
 
 _START = "from cropkt_client.worker import main; main()"
@@ -140,7 +141,8 @@ class Worker:
 
         Raises:
             WorkerDiedError: the child died; the next call gets a new one.
-            WorkerRaisedError: the function raised.
+            DiskFullError: the function found a disk full.
+            WorkerRaisedError: the function raised otherwise.
         """
         with self._calling:
             child, connection = self._started()
@@ -157,6 +159,8 @@ class Worker:
                 code = child.process.poll()
                 self._clear()
                 raise WorkerDiedError("training", _cause(code), _FIX) from None
+        if kind == "full":
+            raise DiskFullError("state", "no space is left on its disk", "Free some")
         if kind == "raised":
             raise WorkerRaisedError("training", f"it raised {value}", "See this site's log")
         return value
@@ -233,7 +237,7 @@ def main() -> None:
                 answer = ("value", getattr(importlib.import_module(module), name)(*arguments))
             except Exception as error:
                 log_frames(error)
-                answer = ("raised", type(error).__name__)
+                answer = ("full" if disk_full(error) else "raised", type(error).__name__)
             connection.send(answer)
 
 

@@ -1,8 +1,8 @@
 """`cropkt-server`: a coordinator sets a study up, invites hospitals, and runs it.
 
 Exit codes: 0 done, of `start`: every row is done; 3 the study finished with failed or missing
-rows, of `status`: it does not run; 130 and 143 interrupted, 64 a wrong option, 78 configuration,
-1 another error.
+rows, of `status`: it does not run; 130 and 143 interrupted, 64 a wrong option, 74 a disk that is
+full, 78 configuration, 1 another error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cropkt.console import one_line
 
 if TYPE_CHECKING:
     from cropkt_server.settings import Settings
-    from cropkt_server.store import Store
+    from cropkt_server.store import Store, Task
 
 DEFAULT_PORT = 8443
 LONGEST_STOP = 40.0  # seconds a coordinator may take to stop
@@ -150,12 +150,49 @@ def roster(folder: Dir = HERE, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def revoke(site: Site, folder: Dir = HERE) -> None:
-    """Cut a hospital off, at once; what it gave before stays."""
+def experts(
+    folder: Dir = HERE,
+    as_json: AsJson = False,
+    export: Annotated[Path | None, typer.Option(help="Write them as signed files there.")] = None,
+) -> None:
+    """List the experts of the bank, and the routers that use them."""
+    from dataclasses import asdict
+
+    from cropkt_server import catalogue
+
+    with one_line("cropkt-server"):
+        found = catalogue.read_experts(folder)
+        paths = catalogue.export(folder, export) if export else []
+    if as_json:
+        typer.echo(json.dumps([asdict(expert) for expert in found], sort_keys=True))
+        return
+    for line in catalogue.in_words(found):
+        typer.echo(line)
+    for path in paths:
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def revoke(
+    folder: Dir = HERE,
+    site: Annotated[str, typer.Option(help="A hospital's name in the roster.")] = "",
+    expert: Annotated[str, typer.Option(help="An expert's hash, or its beginning.")] = "",
+) -> None:
+    """Cut a hospital off, at once (what it gave before stays), or take an expert back."""
+    from cropkt.errors import UsageError
+    from cropkt_server.bank import Bank
+    from cropkt_server.catalogue import revoked_in_words
     from cropkt_server.roster import Roster
 
     with one_line("cropkt-server"):
+        if bool(site) == bool(expert):
+            raise UsageError("revoke", "takes one thing", "Give --site or --expert")
         _deployed(folder)
+        if expert:
+            with contextlib.closing(Bank(folder)) as bank:
+                for line in revoked_in_words(bank, bank.revoke(expert)):
+                    typer.echo(line)
+            return
         with contextlib.closing(Roster(folder)) as roster:
             enrolled = roster.revoke(site)
         typer.echo(f"{site} is cut off" if enrolled else f"the invite of {site} is void")
@@ -240,19 +277,41 @@ def retry(
     site: Annotated[str | None, typer.Option(help="Only this hospital's rows.")] = None,
 ) -> None:
     """Make failed rows due again; a study that was finished is open again."""
-    from cropkt_server.lock import running
-
     with one_line("cropkt-server"), _store(folder) as store:
         again = store.retry(site)
-        for task in again:
-            typer.echo(f"again: {task.id}")
         if not again:
             typer.echo("no row has failed")
-        if store.closed:
-            store.close_study(False)
-            typer.echo("the study is open again")
-        if not running(folder):
-            typer.echo("it does not run: start it")
+        _reopen(folder, store, again)
+
+
+@app.command()
+def admit(
+    site: Site,
+    cancer: Annotated[str, typer.Option(help="Of the model.")],
+    folder: Dir = HERE,
+) -> None:
+    """Take a model that lies in quarantine after all, when its site sends it again."""
+    from cropkt.cancers import cancer_of
+
+    with one_line("cropkt-server"), _store(folder) as store:
+        again = store.admit(site, cancer_of(cancer))
+        if again:
+            _reopen(folder, store, again)
+        else:
+            typer.echo(f"no model of {site} for {cancer} lies in quarantine")
+
+
+def _reopen(folder: Path, store: Store, again: list[Task]) -> None:
+    """Say which rows are due again, and open the study for them."""
+    from cropkt_server.lock import running
+
+    for task in again:
+        typer.echo(f"again: {task.id}")
+    if store.closed:
+        store.close_study(False)
+        typer.echo("the study is open again")
+    if not running(folder):
+        typer.echo("it does not run: start it")
 
 
 @app.command()

@@ -18,18 +18,27 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from cropkt.errors import MessageError
-from cropkt.messages import PROTOCOL, REPLIES, DescribeReply, DescribeRequest, Failure, Message
+from cropkt.messages import (
+    MAX_TEXT,
+    PROTOCOL,
+    REPLIES,
+    DescribeReply,
+    DescribeRequest,
+    Failure,
+    HeldRequest,
+    Message,
+)
 from cropkt.wire import from_record, to_record
 from cropkt_server.membership import Membership, Named
-from cropkt_server.questions import MESSAGE_TYPES
 from cropkt_server.store import Task
 from cropkt_server.study import Study
 
 log = logging.getLogger("cropkt.server")
 
-MAX_UNDER_WAY = 1 << 30  # bytes of weights in messages not yet answered
+MAX_UNDER_WAY = 1 << 33  # bytes of weights in messages not yet answered, which lie on disk
 TTL = 24 * 3600.0  # seconds a message may wait for its site
 AWAY = 300.0  # seconds without a sign of a site, after which it counts as away
+HELD = 60.0  # seconds between questions whether an answer has been approved
 LOST = frozenset(
     {
         ErrorCode.NODE_UNAVAILABLE,
@@ -59,6 +68,7 @@ class Dispatcher:
         self._under_way: dict[str, UnderWay] = {}
         self._began = time.monotonic()
         self._seen: dict[str, float] = {}
+        self._asked_again: dict[str, float] = {}  # held rows
 
     def run(self) -> None:
         """Return when the study is finished."""
@@ -109,14 +119,25 @@ class Dispatcher:
             # Sent before the row says so: what was sent twice is answered from the site's store.
             if self._push(free.pop(task.site), self._study.request(task), task):
                 self._study.store.sent(task)
+        self._ask_again(free)
+
+    def _ask_again(self, free: dict[str, int]) -> None:
+        """Ask sites with nothing else to do whether what they hold has been approved."""
+        now = time.monotonic()
+        for task in self._study.held():
+            if task.site in free and now - self._asked_again.get(task.id, -HELD) >= HELD:
+                self._asked_again[task.id] = now
+                described = task.kind == "describe" and isinstance(self._membership, Named)
+                name = "describe/any" if described else task.id
+                self._push(free.pop(task.site), HeldRequest(task=name), task)
 
     def _push(self, node: int, request: Message, task: Task | None) -> bool:
         """Send a message; return whether Flower took it."""
         content = to_record(request)
-        kind = MESSAGE_TYPES[task.kind if task else "describe"]
         message = FlowerMessage(
-            content, dst_node_id=node, message_type=kind, ttl=TTL, group_id=request.task
+            content, dst_node_id=node, message_type=request.kind, ttl=TTL, group_id=request.task
         )
+        del request  # its weights are in the message, too
         (message_id,) = self._grid.push_messages([message])
         if not message_id:  # the node has just gone
             return False
@@ -130,17 +151,19 @@ class Dispatcher:
 
     def _pull(self) -> bool:
         """Take in what was answered; return whether anything was."""
-        if not self._under_way:
-            return False
-        replies = list(self._grid.pull_messages(list(self._under_way)))
-        for reply in replies:
-            # An error reply may come from Flower itself: only this id tells what it answers.
-            sent = self._under_way.pop(reply.metadata.reply_to_message_id)
-            if sent.task is None:
-                self._named(sent.node, reply)
-            else:
-                self._answered(sent.task, reply)
-        return bool(replies)
+        before = len(self._under_way)
+        while self._under_way:
+            replies = list(self._grid.pull_messages(list(self._under_way)))
+            if not replies:
+                break
+            for reply in replies:
+                # An error reply may come from Flower itself: only this id tells what it answers.
+                sent = self._under_way.pop(reply.metadata.reply_to_message_id)
+                if sent.task is None:
+                    self._named(sent.node, reply)
+                else:
+                    self._answered(sent.task, reply)
+        return len(self._under_way) < before
 
     def _answered(self, task: Task, reply: FlowerMessage) -> None:
         if reply.has_error():
@@ -174,9 +197,10 @@ def _unreadable(content: RecordDict) -> str:
     """Return why a reply is not taken: another protocol, or just anything."""
     try:
         text = content.config_records["message"]["json"]
-        protocol = json.loads(str(text))["values"]["protocol"]
+        known = isinstance(text, str) and len(text) <= MAX_TEXT
+        protocol = json.loads(str(text))["values"]["protocol"] if known else PROTOCOL
     except (KeyError, TypeError, ValueError, RecursionError):
         protocol = PROTOCOL
-    if isinstance(protocol, int) and protocol != PROTOCOL:
+    if isinstance(protocol, int) and protocol != PROTOCOL and 0 <= protocol <= 10_000:
         return f"the coordinator speaks protocol {PROTOCOL}, the site protocol {protocol}"
     return "the reply is not in the contract"

@@ -11,7 +11,7 @@ import binascii
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Annotated, Any, Protocol
@@ -56,7 +56,7 @@ class EnrolRequest:
     node_key: Annotated[str, StringConstraints(max_length=2_000)]  # OpenSSH
     signing_key: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{43}=$")]
     cropkt: Version
-    protocol: Annotated[int, Field(ge=0)]
+    protocol: Annotated[int, Field(ge=0, le=10_000)]
     flwr: Version
 
 
@@ -69,6 +69,7 @@ class Enrolment:
     keys: Keys
     roster: Roster
     closed: threading.Event = field(default_factory=threading.Event)  # the study is over
+    revoked: Callable[[], Iterable[str]] = tuple  # hashes of experts, as of now
 
     def invite(self, site: str, cancers: Sequence[Cancer], expires: float) -> Invite:
         """Return a new invite, valid until `expires` (seconds since 1970) for one enrolment."""
@@ -82,7 +83,7 @@ class Enrolment:
         )
 
     def hello(self) -> dict[str, Any]:
-        """Return what anyone may know: study, versions, time, and whether it is over."""
+        """Return what anyone may know: study, versions, time, what is revoked or over."""
         return {
             "study": self.study,
             "cropkt": cropkt.__version__,
@@ -91,6 +92,7 @@ class Enrolment:
             "bundle": bundle_hash(),
             "time": int(time.time()),
             "closed": self.closed.is_set(),
+            "revoked": sorted(self.revoked()),
         }
 
     def accept(self, body: bytes, nodes: Nodes) -> dict[str, Any]:
@@ -161,9 +163,11 @@ def pem_of(key: str) -> str:
     Raises:
         ValueError: it is no such key.
     """
+    if not key.startswith("ecdsa-sha2-nistp384 "):  # no other parser meets a stranger's bytes
+        raise ValueError("not an OpenSSH key on the curve P-384")
     try:
         public = load_ssh_public_key(key.encode("ascii"))
-    except (ValueError, UnicodeEncodeError):
+    except (ValueError, NotImplementedError):  # the latter of a compressed point
         raise ValueError("not an OpenSSH public key") from None
     if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp384r1":
         raise ValueError("not a key on the curve P-384")

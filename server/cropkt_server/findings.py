@@ -87,6 +87,11 @@ class Findings:
         """Return the cancers whose experts a target scores, in the order of its replies."""
         return tuple(source for source in self.bank() if source != cancer)
 
+    def asked(self, task: Task) -> tuple[Cancer, ...]:
+        """Return the cancers whose experts a row was asked about, in the order of its reply."""
+        used = self.store.bank.used(task.id)
+        return tuple(source for source in used if source != task.cancer)
+
     def sources(self, cancer: Cancer) -> tuple[Cancer, ...]:
         """Return the experts chosen for a target: the union over its sites."""
         decided = self.decided(f"sources/{cancer}")
@@ -99,7 +104,7 @@ class Findings:
                 source: [
                     Estimate(c_index=row[i].c_index, se=row[i].se) for row in reply.training_scores
                 ]
-                for i, source in enumerate(self.others(cancer))
+                for i, source in enumerate(self.asked(task))
             }
             chosen.update(sources_for(scores, limit=self.config.max_sources))
         return tuple(sorted(chosen))
@@ -144,6 +149,10 @@ class Findings:
         """Write a decision down, unless it is made."""
         if self.decided(name) is None:
             self.store.set_meta(f"decided/{name}", json.dumps(list(names)))
+
+    def undecide(self, name: str) -> None:
+        """Take back a decision on which nothing rests yet."""
+        self.store.forget(f"decided/{name}")
 
     def _final_round(self, task: Task) -> int:
         rounds = task.kind in ("fit_expert", "fit_router") and task.cancer is not None

@@ -24,6 +24,7 @@ class Member:
     name: str
     cancers: tuple[Cancer, ...] | None = None  # None: only the site itself knows
     state: Literal["enrolled", "invited", "expired", "revoked"] = "enrolled"
+    key: str | None = None  # base64 of its Ed25519 key; None, in a simulation: the first it shows
 
 
 class Membership(Protocol):
@@ -85,7 +86,7 @@ def members_of(roster: Roster) -> tuple[Member, ...]:
             found[invite.site] = Member(invite.site, invite.cancers, state)
     for site in roster.sites():
         if site.revoked_at is None:
-            found[site.name] = Member(site.name, site.cancers)
+            found[site.name] = Member(site.name, site.cancers, key=site.signing_key)
         else:
             found.setdefault(site.name, Member(site.name, site.cancers, "revoked"))
     return tuple(found[name] for name in sorted(found))
@@ -93,7 +94,9 @@ def members_of(roster: Roster) -> tuple[Member, ...]:
 
 def missing(members: Iterable[Member], tasks: Iterable[Task]) -> dict[str, str]:
     """Return the sites that were invited and have not contributed anything, and why."""
-    described = {t.site for t in tasks if t.kind == "describe" and t.state in ("done", "failed")}
+    described = {
+        t.site for t in tasks if t.kind == "describe" and t.state in ("held", "done", "failed")
+    }
     causes = {
         "invited": "invited, but did not enrol",
         "expired": "did not enrol before its invite expired",

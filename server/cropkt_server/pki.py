@@ -95,12 +95,23 @@ class Keys:
         der = _certificate(self.ca).public_bytes(Encoding.DER)
         return hashlib.sha256(der).hexdigest()
 
-    def signing_public_bytes(self) -> bytes:
-        """Return the coordinator's raw Ed25519 public key, 32 bytes."""
+    def signing(self) -> ed25519.Ed25519PrivateKey:
+        """Return the coordinator's Ed25519 key; a simulation, which has no keys, makes one.
+
+        Raises:
+            ConfigError: the key is missing among others, or of another kind.
+        """
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True, mode=0o700)
+            _make_signing_key(self)
         key = _private_key(self.signing_key)
         if not isinstance(key, ed25519.Ed25519PrivateKey):
             raise ConfigError(self.signing_key, "is not an Ed25519 key", "Restore it")
-        return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+        return key
+
+    def signing_public_bytes(self) -> bytes:
+        """Return the coordinator's raw Ed25519 public key, 32 bytes."""
+        return self.signing().public_key().public_bytes_raw()
 
 
 def make_keys(keys: Keys, hosts: Sequence[str], *, study: str) -> None:
@@ -135,12 +146,7 @@ def make_keys(keys: Keys, hosts: Sequence[str], *, study: str) -> None:
     _write(keys.ca_key, _private_pem(ca_key))
     _write(keys.ca, ca.public_bytes(Encoding.PEM))
     _issue(keys, hosts)
-    signing = ed25519.Ed25519PrivateKey.generate()
-    _write(keys.signing_key, _private_pem(signing))
-    public = signing.public_key()
-    _write(
-        keys.signing_public, public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    )
+    _make_signing_key(keys)
 
 
 def renew(keys: Keys, hosts: Sequence[str]) -> None:
@@ -186,6 +192,13 @@ def check_certificate(
         if _general_name(host) not in list(names):
             known = ", ".join(str(name.value) for name in names)
             raise ConfigError(keys.server, f"names {known}, not {host}", fix)
+
+
+def _make_signing_key(keys: Keys) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    _write(keys.signing_key, _private_pem(key))
+    _write(keys.signing_public, public)
 
 
 def _issue(keys: Keys, hosts: Sequence[str]) -> None:

@@ -110,6 +110,9 @@ def _lines(folder: Path, say: Callable[[str], None], stop: threading.Event) -> N
             if task.state == "failed" and task.id not in told:
                 told.add(task.id)
                 say(f"{task.id} failed: {task.cause}")
+            if task.state == "held" and f"held {task.id}" not in told:
+                told.add(f"held {task.id}")
+                say(f"{task.id} waits for approval at the site")
         states = Counter((task.kind, task.state in ("done", "failed")) for task in tasks)
         for stage, following in zip(STAGES, [*STAGES[1:], ""], strict=True):
             complete = states[stage, True] and not states[stage, False]

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from cropkt.cancers import Cancer
+from cropkt.errors import MessageError
+from cropkt.experts.card import read_card
 from cropkt.messages import (
     DescribeReply,
     DescribeRequest,
@@ -17,20 +19,15 @@ from cropkt.messages import (
     ReleaseRequest,
     RouterReply,
     RouterRequest,
+    Signed,
     TransferReply,
     TransferRequest,
     Weights,
 )
+from cropkt_server.experts import Experts
 from cropkt_server.findings import Findings
 from cropkt_server.store import Kind, Task
 
-MESSAGE_TYPES: dict[Kind, str] = {
-    "describe": DescribeRequest.kind,
-    "fit_expert": ExpertRequest.kind,
-    "score_sources": TransferRequest.kind,
-    "fit_router": RouterRequest.kind,
-    "evaluate": ReleaseRequest.kind,
-}
 ANSWERS: dict[Kind, type[Message]] = {
     "describe": DescribeReply,
     "fit_expert": ExpertReply,
@@ -45,7 +42,12 @@ class Questions:
 
     def __init__(self, findings: Findings) -> None:
         self._findings, self._study = findings, findings.config
-        self._averages: dict[tuple[Kind, Cancer, int], Weights] = {}
+        # An average of fold models may be large: the last one is kept, and what is small of all.
+        self._last: tuple[tuple[Kind, Cancer, int], Weights] | None = None
+        self._bank: dict[Cancer, Weights] = {}  # (parameters,) each
+        self._signed: dict[tuple[Cancer, int], Signed] = {}
+        self.signatures = Experts(findings)
+        self.withdrawn = findings.store.bank.revoked()  # hashes of experts that nobody is sent
 
     def of(self, task: Task) -> Message:
         """Return the message of a row."""
@@ -60,19 +62,21 @@ class Questions:
                 cancer=cancer,
                 round=task.round,
                 shared=shared,
-                weights=self._average("fit_expert", cancer, task.round - 1) if task.round else None,
+                weights=self.average("fit_expert", cancer, task.round - 1) if task.round else None,
+                signed=self.signed(cancer, task.round - 1) if task.round else None,
             )
         if task.kind == "score_sources":
-            sources = self._findings.others(cancer)
+            sources = self._findings.asked(task) or self.offered(cancer)
             return TransferRequest(
                 task=task.id,
                 study=self._study,
                 cancer=cancer,
                 sources=sources,
-                weights=self._experts(sources),
+                weights=self.experts(sources),
+                signed=tuple(self.signed(source) for source in sources),
             )
         if task.kind == "fit_router":
-            sources = self._findings.sources(cancer)
+            sources = self._findings.asked(task) or self._chosen(cancer)
             return RouterRequest(
                 task=task.id,
                 study=self._study,
@@ -80,42 +84,99 @@ class Questions:
                 round=task.round,
                 shared=shared,
                 sources=sources,
-                weights=self._experts(sources),
-                own=self._average("fit_expert", cancer, last) if shared else None,
-                routers=self._average("fit_router", cancer, task.round - 1) if task.round else None,
+                weights=self.experts(sources),
+                signed=tuple(self.signed(source) for source in sources),
+                own=self.average("fit_expert", cancer, last) if shared else None,
+                own_signed=self.signed(cancer) if shared else None,
+                routers=self.average("fit_router", cancer, task.round - 1) if task.round else None,
             )
         return ReleaseRequest(
             task=task.id,
             study=self._study,
             cancer=cancer,
-            routers=self._average("fit_router", cancer, last) if shared else None,
+            routers=self.average("fit_router", cancer, last) if shared else None,
         )
 
-    def _experts(self, cancers: Iterable[Cancer]) -> Weights:
-        """Return the bank's experts as rows (cancers, parameters)."""
-        rows = []
-        for cancer in cancers:
-            stack = self._average("fit_expert", cancer, self._findings.last_round(cancer))
-            published = self._study.source == "fold_0" and len(stack) > 1
-            rows.append(stack[1 if published else 0])
-        return np.stack(rows)
+    def sending(self, task: Task) -> Message:
+        """Return the message of a row that is about to be sent, and note what it is asked about."""
+        cancer, bank = task.cancer, self._findings.store.bank
+        if cancer is not None and task.kind in ("score_sources", "fit_router"):
+            transfer = task.kind == "score_sources"
+            sources = self.offered(cancer) if transfer else self._chosen(cancer)
+            used = {source: self.signed(source).hash for source in sources}
+            if not transfer and self._findings.shared(cancer):
+                used[cancer] = self.signed(cancer).hash
+            bank.use(task.id, used)
+        return self.of(task)
 
-    def _average(self, kind: Kind, cancer: Cancer, number: int) -> Weights:
+    def offered(self, cancer: Cancer) -> tuple[Cancer, ...]:
+        """Return the cancers whose experts a target may be asked about: none that is revoked."""
+        return tuple(c for c in self._findings.others(cancer) if not self.revoked(c))
+
+    def revoked(self, cancer: Cancer, number: int | None = None) -> bool:
+        """Return whether the expert of a cancer's round, of the last by default, is revoked."""
+        if not self.withdrawn:
+            return False
+        signed = self.signed(cancer, number)  # an average may be made only now
+        return not self.withdrawn.isdisjoint({signed.hash, *read_card(signed.card).parents})
+
+    def signed(self, cancer: Cancer, number: int | None = None) -> Signed:
+        """Return the signed card of the experts of a round, of the last one by default."""
+        number = self._findings.last_round(cancer) if number is None else number
+        if (cancer, number) not in self._signed:
+            average = self.average("fit_expert", cancer, number)
+            self._signed[cancer, number] = self.signatures.signed(cancer, number, average)
+        return self._signed[cancer, number]
+
+    def _chosen(self, cancer: Cancer) -> tuple[Cancer, ...]:
+        """Return the experts that a target's router may use: none that is revoked."""
+        return tuple(c for c in self._findings.sources(cancer) if not self.revoked(c))
+
+    def experts(self, cancers: Iterable[Cancer]) -> Weights:
+        """Return the bank's experts as rows (cancers, parameters)."""
+        return np.stack([self._expert(cancer) for cancer in cancers])
+
+    def _expert(self, cancer: Cancer) -> Weights:
+        """Return a cancer's expert in the bank, (parameters,)."""
+        if cancer not in self._bank:
+            stack = self.average("fit_expert", cancer, self._findings.last_round(cancer))
+            published = self._study.source == "fold_0" and len(stack) > 1
+            self._bank[cancer] = stack[1 if published else 0].copy()
+        return self._bank[cancer]
+
+    def forget(self, cancer: Cancer) -> None:
+        """Average a cancer's models anew when they are asked for next."""
+        self._last = None
+        self._bank.pop(cancer, None)
+        self._signed = {key: signed for key, signed in self._signed.items() if key[0] != cancer}
+
+    def average(self, kind: Kind, cancer: Cancer, number: int) -> Weights:
         """Return the average by events of a round's models, rows (F, parameters)."""
         key = (kind, cancer, number)
-        if key not in self._averages:
-            sites = self._findings.averaged(*key) or ()
-            replies = [
-                self._findings.store.reply(Task(kind=kind, site=site, cancer=cancer, round=number))
-                for site in sites
-            ]
-            models = [r for r in replies if isinstance(r, ExpertReply | RouterReply)]
-            weight = np.array([float(model.events) for model in models])
-            weight = (
-                weight / weight.sum() if weight.sum() else np.full(len(models), 1 / len(models))
-            )
-            total = np.zeros(models[0].weights.shape, dtype=np.float64)
-            for share, model in zip(weight, models, strict=True):
-                total += share * model.weights
-            self._averages[key] = total.astype(np.float32)
-        return self._averages[key]
+        if self._last is None or self._last[0] != key:
+            self._last = None  # not two of them at once
+            self._last = key, self._averaged(*key)
+        return self._last[1]
+
+    def _averaged(self, kind: Kind, cancer: Cancer, number: int) -> Weights:
+        """Make an average, with one site's models in memory at a time."""
+        sites = self._findings.averaged(kind, cancer, number) or ()
+        tasks = [Task(kind=kind, site=site, cancer=cancer, round=number) for site in sites]
+        if len(tasks) == 1:  # sent on under its own signature, so to the bit
+            return self._models(tasks[0])[0]
+        weight = np.array([float(self._models(task)[1]) for task in tasks])
+        weight = weight / weight.sum() if weight.sum() else np.full(len(tasks), 1 / len(tasks))
+        total = np.zeros(0)
+        for share, task in zip(weight, tasks, strict=True):
+            rows, _ = self._models(task)
+            total = total if total.size else np.zeros(rows.shape)
+            for sum_of_row, row in zip(total, rows, strict=True):
+                sum_of_row += share * row
+        return total.astype(np.float32)
+
+    def _models(self, task: Task) -> tuple[Weights, int]:
+        """Return the models that a site gave, and the events behind them."""
+        reply = self._findings.store.reply(task)
+        if not isinstance(reply, ExpertReply | RouterReply) or reply.weights is None:
+            raise MessageError(task.id, "the stored reply holds no models")
+        return reply.weights, reply.events or 0

@@ -59,8 +59,8 @@ def _target(study: Study, cancer: Cancer, sites: Sequence[str]) -> TargetResult:
         if count.cancer == cancer
     ]
     target: TargetResult = {
-        "patients": sum(count.patients for count in counts),
-        "events": sum(count.events for count in counts),
+        "patients": _sum([count.patients for count in counts]),
+        "events": _sum([count.events for count in counts]),
         "sites": len(sites),
         "arms": {},
     }
@@ -70,7 +70,7 @@ def _target(study: Study, cancer: Cancer, sites: Sequence[str]) -> TargetResult:
     for arm in _ARMS:
         scores = [reply.arms[arm] for reply in replies if arm in reply.arms]
         target["arms"][arm] = _together(scores, replies[0].events, replies[0].reason)
-    weight = _share([reply.events for reply in replies])
+    weight = _share([reply.events or 0 for reply in replies])
     routing: dict[str, float] = {}
     choice: Counter[str] = Counter()
     for share, reply in zip(weight, replies, strict=True):
@@ -84,11 +84,12 @@ def _target(study: Study, cancer: Cancer, sites: Sequence[str]) -> TargetResult:
     return target
 
 
-def _together(scores: Sequence[ArmScore], events: int, reason: str) -> ArmResult:
+def _together(scores: Sequence[ArmScore], events: int | None, reason: str) -> ArmResult:
     """Return one arm over the sites of a cancer: every comparable pair counts once."""
     known = [score for score in scores if score.c_index is not None]
     if not known:
-        return {"c_index": None, "reason": reason or f"{events} deaths, no comparable pair"}
+        few = "few" if events is None else str(events)
+        return {"c_index": None, "reason": reason or f"{few} deaths, no comparable pair"}
     if len(scores) == 1:
         only = scores[0]
         return {
@@ -128,7 +129,7 @@ def _transfer(study: Study, cancer: Cancer, target: TargetResult) -> dict[str, T
     found: dict[str, list[tuple[Score, int]]] = {}
     for task in study.done("score_sources", cancer):
         reply, events = study.answer(task, TransferReply), _events(study, task)
-        for source, score in zip(study.others(cancer), reply.scores, strict=True):
+        for source, score in zip(study.asked(task), reply.scores, strict=True):
             found.setdefault(source, []).append((score, events))
     transfer = {str(source): _mean_score(scores) for source, scores in found.items()}
     if local := target.get("arms", {}).get("local"):
@@ -152,15 +153,22 @@ def _best_source(study: Study, cancer: Cancer) -> str | None:
     total: dict[str, list[float]] = {}
     for task in study.done("score_sources", cancer):
         for row in study.answer(task, TransferReply).training_scores:
-            for source, score in zip(study.others(cancer), row, strict=True):
-                total.setdefault(source, []).append(score.c_index or 0.0)
+            for source, score in zip(study.asked(task), row, strict=True):
+                if score.c_index is not None:
+                    total.setdefault(source, []).append(score.c_index)
     means = {source: float(np.mean(values)) for source, values in total.items()}
     return max(means, key=lambda source: means[source], default=None)
 
 
 def _events(study: Study, task: Task) -> int:
     counts = study.descriptions()[task.site].cohorts
-    return next(count.events for count in counts if count.cancer == task.cancer)
+    return next(count.events or 0 for count in counts if count.cancer == task.cancer)
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    """Return the sum over the sites; None if one of them tells no count."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _share(counts: Sequence[float]) -> list[float]:

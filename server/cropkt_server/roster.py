@@ -8,7 +8,6 @@ remembered elsewhere. A token is kept as its SHA-256 only.
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import sqlite3
 import threading
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from cropkt.cancers import Cancer
 from cropkt.errors import ConfigError, CropktError, UsageError
+from cropkt.files import make_private
 
 Refusal = Literal[
     "used", "expired", "unknown", "altered", "revoked", "version", "malformed", "site", "later"
@@ -97,7 +97,7 @@ class Roster:
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._path, self._clock, self._lock = folder / "roster.sqlite", clock, threading.RLock()
         # Made here first: SQLite would make it readable for others.
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        make_private(self._path)
         self._db = sqlite3.connect(
             self._path, isolation_level=None, check_same_thread=False, timeout=10
         )

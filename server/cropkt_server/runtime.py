@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 from rich.logging import RichHandler
 
-from cropkt.errors import ConfigError, StudyError
+from cropkt.errors import ConfigError, DiskFullError, StudyError
+from cropkt.files import disk_full
 from cropkt_server.lock import locked
 from cropkt_server.settings import Settings, load_settings
 
@@ -32,6 +34,8 @@ log = logging.getLogger("cropkt.server")
 
 LOG_NAME, REPORT = "server.log", "report"
 POLL = 1.0  # seconds between looks at the grid
+LARGE = 1 << 20  # bytes
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -53,7 +57,14 @@ def start(folder: Path, *, linger: float) -> None:
         console = Console(highlight=False)
         open_log(folder, console)
         settle_environment(folder)
-        _run(folder, settings, host, console, linger)
+        settle_memory()
+        try:
+            _run(folder, settings, host, console, linger)
+        except Exception as error:
+            if not disk_full(error):
+                raise
+            fix = "Free some, then start it again: it goes on where it was"
+            raise DiskFullError(folder, "no space is left on its disk", fix) from error
 
 
 def deployed_host(settings: Settings, folder: Path) -> str:
@@ -76,6 +87,14 @@ def settle_environment(folder: Path) -> None:
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     os.environ["FLWR_HOME"] = str((folder / "flower").resolve())
+
+
+def settle_memory() -> None:
+    """Let large buffers go back to the system when they are freed; glibc would keep many."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(_M_ARENA_MAX, 2)
 
 
 def _run(folder: Path, settings: Settings, host: str, console: Console, linger: float) -> None:
@@ -102,7 +121,9 @@ def _run(folder: Path, settings: Settings, host: str, console: Console, linger: 
             if superlink.says_closed:
                 _linger(grid, linger, until_gone=not over)
 
-    with serving(folder, study=settings.name, host=host, listen=settings.listen) as superlink:
+    with serving(
+        folder, study=settings.name, host=host, listen=settings.listen, port=settings.port
+    ) as superlink:
         where = f"{settings.listen}, port {superlink.port}"
         _tell(console, f"study {settings.name} listens on {where}, for sites that ask for {host}")
         superlink.run_server_app(main, {"study": str(folder), "poll": POLL})

@@ -44,6 +44,7 @@ class Settings:
     name: SiteName
     host: Host | None = None  # "name:port", as the sites reach it; a simulation has none
     listen: Address = "0.0.0.0"  # of this machine
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None  # of this machine; None: of `host`
     min_sites: Annotated[int, Field(ge=1)] = 1
     deadline: datetime | Span | None = None  # a span begins with the study
     sites: tuple[SiteName, ...] = ()  # of a simulation; a deployed study's are in its roster

@@ -13,7 +13,7 @@ from cropkt_server.lock import running
 from cropkt_server.membership import Member, members_of, missing
 from cropkt_server.roster import Roster
 from cropkt_server.settings import load_settings
-from cropkt_server.store import Store, Task, read_tasks
+from cropkt_server.store import State, Store, Task, read_tasks
 
 ONLINE = 150.0  # seconds: the door notes a site once a minute
 STAGES = ("describe", "fit_expert", "score_sources", "fit_router", "evaluate")
@@ -31,6 +31,7 @@ class SiteStatus:
     done: int  # rows
     failed: int
     waiting: int
+    held: int  # of these, answered, and wait for approval at the site
     expires: float | None  # of an invite that is open
 
 
@@ -45,6 +46,7 @@ class StudyStatus:
     stages: dict[str, dict[str, int]]
     sites: tuple[SiteStatus, ...]
     failed: dict[str, str]  # row to cause
+    held: tuple[str, ...]  # rows that wait for approval at their site
     missing: dict[str, str]  # site to cause
 
 
@@ -88,13 +90,14 @@ def read_status(folder: Path) -> StudyStatus:
             for member in members
         ),
         failed=failed,
+        held=tuple(task.id for task in tasks if task.state == "held"),
         missing=absent,
     )
 
 
 def _stages(tasks: list[Task]) -> dict[str, dict[str, int]]:
     counts = Counter((task.kind, task.state) for task in tasks)
-    states: tuple[Literal["due", "sent", "done", "failed"], ...] = ("due", "sent", "done", "failed")
+    states: tuple[State, ...] = ("due", "sent", "held", "done", "failed")
     return {
         kind: {state: counts[kind, state] for state in states}
         for kind in ("describe", "fit_expert", "score_sources", "fit_router", "evaluate")
@@ -114,7 +117,8 @@ def _site(
         last_seen=seen,
         done=states["done"],
         failed=states["failed"],
-        waiting=states["due"] + states["sent"],
+        waiting=states["due"] + states["sent"] + states["held"],
+        held=states["held"],
         expires=expires.get(member.name) if member.state == "invited" else None,
     )
 
@@ -135,6 +139,8 @@ def in_words(status: StudyStatus) -> Iterator[str]:
         if whole:
             failed = f", {counts['failed']} failed" if counts["failed"] else ""
             yield f"{stage.replace('_', ' ')}: {counts['done']} of {whole} done{failed}"
+    for row in status.held:
+        yield f"waits for approval at the site: {row}"
     for row, cause in status.failed.items():
         yield f"failed: {row}: {cause}"
     for site, cause in status.missing.items():
@@ -153,7 +159,8 @@ def roster_lines(status: StudyStatus) -> Iterator[str]:
             parts.append(f"until {_when(site.expires)}")
         if site.done + site.failed + site.waiting:
             failed = f", {site.failed} failed" if site.failed else ""
-            parts.append(f"{site.done} rows done{failed}, {site.waiting} to do")
+            held = f", {site.held} of them wait for approval there" if site.held else ""
+            parts.append(f"{site.done} rows done{failed}, {site.waiting} to do{held}")
         yield ", ".join(parts)
 
 

@@ -7,21 +7,24 @@ committed survives a kill at any time.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import sqlite3
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cropkt.cancers import Cancer
 from cropkt.errors import ConfigError
-from cropkt.messages import REPLIES, Message, load, save
+from cropkt.files import make_private
+from cropkt.messages import REPLIES, Message, load, pack, save
+from cropkt_server.bank import Bank
 
 Kind = Literal["describe", "fit_expert", "score_sources", "fit_router", "evaluate"]
-State = Literal["due", "sent", "done", "failed"]
+State = Literal["due", "sent", "held", "done", "failed"]  # held: waits for approval at the site
+OPEN: tuple[State, ...] = ("due", "sent", "held")
 SCHEMA = 1
 
 _TABLES = """
@@ -69,8 +72,9 @@ class Store:
         self._path = folder / "study.sqlite"
         self._replies = folder / "replies"
         self._replies.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.bank = Bank(folder)
         # Made here first: SQLite would make it readable for others.
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        make_private(self._path)
         self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
@@ -79,6 +83,7 @@ class Store:
     def close(self) -> None:
         """Close the database."""
         self._db.close()
+        self.bank.close()
 
     def _migrate(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -99,6 +104,10 @@ class Store:
     def set_meta(self, key: str, value: str) -> None:
         """Keep a value with the study."""
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def forget(self, key: str) -> None:
+        """Keep a value no longer."""
+        self._db.execute("DELETE FROM meta WHERE key = ?", (key,))
 
     @property
     def paused(self) -> bool:
@@ -121,6 +130,11 @@ class Store:
     def retry(self, site: str | None = None) -> list[Task]:
         """Make the failed rows of a site, or of all, due with all their tries; return them."""
         again = [t for t in self.tasks() if t.state == "failed" and site in (None, t.site)]
+        self._again(again)
+        return again
+
+    def _again(self, again: list[Task]) -> None:
+        """Make failed rows due with all their tries."""
         self._db.execute("BEGIN IMMEDIATE")
         self._db.executemany(
             "UPDATE task SET state = 'due', cause = '', tries = 0, changed = julianday('now') "
@@ -132,7 +146,6 @@ class Store:
             # Whoever is asked again is waited for, though the deadline may have passed.
             sites = {task.site for task in again}.union(json.loads(gathered))
             self.set_meta("decided/gathered", json.dumps(sorted(sites)))
-        return again
 
     def add(self, tasks: Iterable[Task]) -> None:
         """Add the rows that are not there yet, all or none."""
@@ -145,6 +158,17 @@ class Store:
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
+        self._db.execute("COMMIT")
+
+    def restart(self, again: Iterable[Task], *, without: Iterable[Task]) -> None:
+        """Make rows due as if they had never been sent, and drop others, all or none."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany(
+            "UPDATE task SET state = 'due', cause = '', tries = 0, changed = julianday('now') "
+            "WHERE id = ?",
+            [(task.id,) for task in again],
+        )
+        self._db.executemany("DELETE FROM task WHERE id = ?", [(task.id,) for task in without])
         self._db.execute("COMMIT")
 
     def tasks(self) -> list[Task]:
@@ -164,6 +188,10 @@ class Store:
         """The task must be sent again."""
         self._set(task, "due", cause)
 
+    def held(self, task: Task) -> None:
+        """The answer is there, and waits for somebody at the site to approve it."""
+        self._set(task, "held", "")
+
     def failed(self, task: Task, cause: str) -> None:
         """The task ended without a reply that could be used."""
         self._set(task, "failed", cause)
@@ -172,6 +200,42 @@ class Store:
         """Keep the reply, then say so."""
         save(reply, self._reply(task))
         self._set(task, "done", "")
+
+    def quarantine(self, task: Task, cause: str, reply: Message | None = None) -> None:
+        """Fail a row whose reply is not to be used, and keep that reply apart.
+
+        Args:
+            task: the row.
+            cause: why.
+            reply: what just came; None takes the reply that is stored.
+        """
+        apart = self._apart(task)
+        apart.parent.mkdir(exist_ok=True, mode=0o700)
+        if reply is not None:
+            save(reply, apart)
+        self.failed(task, cause)
+        if reply is None:  # moved last: a row that is done has its reply
+            self._reply(task).replace(apart)
+
+    def admit(self, site: str, cancer: Cancer) -> list[Task]:
+        """Let the models of a site that lie in quarantine pass when they are sent again.
+
+        Returns:
+            Their rows, which are due again.
+        """
+        again = []
+        for task in self.tasks():
+            if (task.site, task.cancer, task.state) == (site, cancer, "failed"):
+                with suppress(FileNotFoundError):
+                    kept = load(self._apart(task), expected=REPLIES)
+                    self.set_meta(f"admitted/{task.id}", digest_of(kept))
+                    again.append(task)
+        self._again(again)
+        return again
+
+    def admitted(self, task: Task) -> str | None:
+        """Return the digest of the model that somebody admitted for a row, if so."""
+        return self.meta(f"admitted/{task.id}")
 
     def reply(self, task: Task) -> Message:
         """Return the reply of a task that is done."""
@@ -190,6 +254,18 @@ class Store:
 
     def _reply(self, task: Task) -> Path:
         return self._replies / f"{task.id.replace('/', '~')}.npz"
+
+    def _apart(self, task: Task) -> Path:
+        return self.folder / "quarantine" / self._reply(task).name
+
+
+def digest_of(reply: Message) -> str:
+    """Return a SHA-256 of the arrays of a reply."""
+    _, arrays = pack(reply)
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def read_tasks(folder: Path) -> list[Task]:

@@ -16,7 +16,9 @@ is scored again with its expert. Within a shared cancer it joins the next round;
 one it trains from the average without changing it. An open invite keeps the study open until it
 expires; after the deadline neither an invite does, nor a late site that is away.
 
-A revoked site's rows fail at once; what it gave before stays.
+A revoked site's rows fail at once; what it gave before stays. A row whose answer waits for approval
+at its site is `held`: it is not tried again and not failed, the site is asked now and then whether
+it may leave, and after the deadline the study ends without it as without a site that is away.
 """
 
 from __future__ import annotations
@@ -32,14 +34,23 @@ from pathlib import Path
 from cropkt.cancers import Cancer
 from cropkt.config import StudyConfig
 from cropkt.errors import ConfigError
-from cropkt.messages import DescribeReply, Failure, Message
+from cropkt.messages import (
+    DescribeReply,
+    ExpertReply,
+    ExpertRequest,
+    Failure,
+    Message,
+    TransferReply,
+)
 from cropkt_server.findings import Findings
 from cropkt_server.membership import Member, missing
+from cropkt_server.quarantine import Quarantine
 from cropkt_server.questions import ANSWERS, Questions
-from cropkt_server.store import Kind, Task
+from cropkt_server.revocation import Revocation
+from cropkt_server.store import OPEN, Kind, Task
 from cropkt_server.versions import together
 
-MAX_TRIES = 5
+MAX_TRIES = 100  # in the weeks of one training a site may go and come back as often
 REVOKED = "revoked"
 Rows = Mapping[tuple[Kind, Cancer | None, int], list[Task]]
 
@@ -77,6 +88,8 @@ class Study(Findings):
         self._check_unchanged()
         self.store.resume()
         self._questions = Questions(self)
+        self._quarantine = Quarantine(self, self._questions)
+        self._revocation = Revocation(self, self._questions)
         self._members: tuple[Member, ...] = ()
         if self.store.meta("began") is None:
             self.store.set_meta("began", str(clock()))
@@ -112,13 +125,14 @@ class Study(Findings):
 
     def add_sites(self, members: Iterable[Member]) -> None:
         """Take in who takes part now: add rows for new sites, fail those of revoked ones."""
-        members = tuple(members)
-        if members == self._members and not (self.overdue and self.decided("gathered") is None):
+        members, changed = tuple(members), self._revocation.apply()
+        unknown = self.overdue and self.decided("gathered") is None
+        if members == self._members and not unknown and not changed:
             return
         self._members = members
         revoked = {member.name for member in members if member.state == "revoked"}
         for task in self.store.tasks():
-            if task.site in revoked and task.state in ("due", "sent"):
+            if task.site in revoked and task.state in OPEN:
                 self.store.failed(task, REVOKED)
             elif task.site in self.sites and (task.state, task.cause) == ("failed", REVOKED):
                 self.store.due(task)  # the coordinator invited it again
@@ -142,11 +156,16 @@ class Study(Findings):
     def give_up(self, away: Collection[str]) -> None:
         """Fail the rows of late sites that are `away`."""
         for task in self._given_up(away):
-            self.store.failed(task, "missing: the site was away when the study finished")
+            why = "had not approved it" if task.state == "held" else "was away"
+            self.store.failed(task, f"missing: the site {why} when the study finished")
 
     def due(self) -> list[Task]:
         """Return the rows to send."""
         return [task for task in self.store.tasks() if task.state == "due"]
+
+    def held(self) -> list[Task]:
+        """Return the rows whose answers wait for approval at sites that take part."""
+        return [t for t in self.store.tasks() if t.state == "held" and t.site in self.sites]
 
     def missing(self) -> dict[str, str]:
         """Return the sites that were invited and never answered, and why."""
@@ -154,15 +173,21 @@ class Study(Findings):
 
     def record(self, task: Task, reply: Message) -> None:
         """Store a reply before anything acts on it, then add the rows it makes possible."""
-        if self.store.state(task) not in ("due", "sent"):
+        state = self.store.state(task)
+        if state not in OPEN:
             return  # answered before, or its site was revoked meanwhile
-        if isinstance(reply, Failure):
-            self.store.failed(task, f"{reply.code} (reference {reply.reference})")
+        if isinstance(reply, Failure) and reply.code == "awaiting_approval":
+            self.store.held(task)
+        elif isinstance(reply, Failure) and reply.code == "not_held" and state == "held":
+            self.store.due(task)
+        elif isinstance(reply, Failure):
+            self.store.failed(task, _cause(reply))
         elif not _answers(task, reply):
             self.store.failed(task, "the reply is not the answer to this task")
-        elif isinstance(reply, DescribeReply) and (cause := self._objection(reply)):
+        elif cause := self._unfit(task, reply):
             self.store.failed(task, cause)
-        else:
+        elif self._quarantine.takes(task, reply):
+            self._questions.signatures.take(task, reply)
             self.store.done(task, reply)
         self.advance()
 
@@ -178,10 +203,17 @@ class Study(Findings):
 
     def request(self, task: Task) -> Message:
         """Return the message of a row; the same row always asks the same."""
-        return self._questions.of(task)
+        due = self.store.state(task) == "due"
+        return self._questions.sending(task) if due else self._questions.of(task)
 
     def advance(self) -> None:
         """Add every row that what is done makes possible."""
+        before = -1
+        while before != self._quarantine.put_away:  # a row that was put away: look again
+            before = self._quarantine.put_away
+            self._advance()
+
+    def _advance(self) -> None:
         rows = self._rows()
         awaited = self._awaited(rows)
         if any(member.cancers is None for member in awaited):
@@ -218,6 +250,8 @@ class Study(Findings):
         if number <= last and _done(here := rows[kind, cancer, number]):
             first = number == 0 and kind == "fit_expert"
             if (_settled(here) and not (first and hold)) or (first and self._goes_on(rows)):
+                if self._quarantine.thins_round(_done(here)):
+                    return []
                 name = f"averaged/{kind}/{cancer}/{number}"
                 self.decide(name, sorted(task.site for task in _done(here)))
                 number += 1
@@ -285,9 +319,11 @@ class Study(Findings):
             late = self._goes_on(rows) and self.averaged("fit_expert", cancer, 0) is None
             numbers = range(self.last_round(cancer) + 1)
             tasks = [task for n in numbers for task in rows["fit_expert", cancer, n]]
-            open_ = any(task.state in ("due", "sent") for task in tasks)
+            open_ = any(task.state in OPEN for task in tasks)
             if self.averaged("fit_expert", cancer) is None and open_ and not late:
                 return
+        if self._quarantine.thins_bank():
+            return
         bank = self.bank()
         if len(bank) > 1:
             self.decide("gathered", sorted(self.descriptions()))
@@ -299,18 +335,44 @@ class Study(Findings):
         if theirs is not None and not together(ours, theirs):
             return f"the coordinator runs cropkt {ours}, the site cropkt {theirs}"
         invited = next((m.cancers for m in self._members if m.name == reply.site), None)
-        extra = {count.cancer for count in reply.cohorts} - set(invited or Cancer)
+        described = [count.cancer for count in reply.cohorts]
+        if len(set(described)) < len(described):
+            return "it describes a cancer twice"
+        extra = set(described) - set(invited or Cancer)
         if extra:
             return f"it describes {' '.join(sorted(extra))}, for which it was not invited"
         return ""
 
+    def _unfit(self, task: Task, reply: Message) -> str:
+        """Return why a reply, judged by what was asked, cannot be used; nothing if it can."""
+        if isinstance(reply, DescribeReply):
+            return self._objection(reply)
+        if isinstance(reply, TransferReply):
+            rows = (reply.scores, *reply.training_scores)
+            good = len(rows) == 1 + self.config.folds
+            good = good and all(len(row) == len(self.asked(task)) for row in rows)
+            return "" if good else "it has not one score a fold and expert"
+        if not isinstance(reply, ExpertReply):
+            return ""
+        key = next((m.key for m in self._members if m.name == task.site), None)
+        request = self._questions.of(task)
+        if not isinstance(request, ExpertRequest):
+            return "it is no answer to what was asked"
+        return self._questions.signatures.objection(task, reply, request, key=key)
+
     def _given_up(self, away: Collection[str]) -> list[Task]:
-        """Return the rows of late sites that are away, once the deadline has passed."""
-        late = set(away) - set(self.decided("gathered") or ()) if self.overdue else set()
-        return [task for task in self._open() if task.site in late]
+        """Return the rows, once the deadline has passed, of late sites away, or held there."""
+        if not self.overdue:
+            return []
+        late = set(self.sites).union(away) - set(self.decided("gathered") or ())
+        return [
+            task
+            for task in self._open()
+            if task.site in late and (task.site in away or task.state == "held")
+        ]
 
     def _open(self) -> list[Task]:
-        return [task for task in self.store.tasks() if task.state in ("due", "sent")]
+        return [task for task in self.store.tasks() if task.state in OPEN]
 
     def _rows(self) -> Rows:
         rows: dict[tuple[Kind, Cancer | None, int], list[Task]] = defaultdict(list)
@@ -327,6 +389,18 @@ def _answers(task: Task, reply: Message) -> bool:
         and getattr(reply, "cancer", task.cancer) == task.cancer
         and getattr(reply, "site", task.site) == task.site
     )
+
+
+def _cause(failure: Failure) -> str:
+    """Return a site's code with what it means, where the site decided so itself."""
+    meaning = {
+        "budget": ": the cohort's privacy budget is used up",
+        "policy": ", which lets no such answer leave the site",
+        "suppressed": ": too few patients or events at the site",
+        "refused_release": ": the site does not release its answer",
+    }.get(failure.code, "")
+    reference = f" (reference {failure.reference})" if failure.reference else ""
+    return f"{failure.code}{meaning}{reference}"
 
 
 def _settled(tasks: list[Task]) -> bool:

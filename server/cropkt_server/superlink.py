@@ -12,18 +12,22 @@ Written against flwr 1.41; tests/server/test_superlink*.py say what must hold in
 from __future__ import annotations
 
 import logging
-import os
+import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from fastapi import Depends, FastAPI, HTTPException, Request
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 
-# Who owns nodes and runs where there are no accounts; the states of a run.
+# Who owns nodes and runs where there are no accounts; how long a silent session is believed to
+# live, in heartbeats; the states of a run.
 from flwr.common.constant import (
+    HEARTBEAT_PATIENCE,
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     SUPERLINK_NODE_ID,
@@ -31,8 +35,12 @@ from flwr.common.constant import (
     SubStatus,
 )
 
-# The request in which a site answers: checked for whose answer it claims to be.
-from flwr.proto.fleet_pb2 import PushMessagesRequest
+# The requests in which a site begins a session, asks for its next message, and answers: checked
+# for whose it claims to be, and noted.
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+
+# The form in which answers are taken in.
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 
 # A task as the Runtime handlers take it.
 from flwr.proto.task_pb2 import Task
@@ -49,6 +57,9 @@ from flwr.supercore.error import http_error_translator
 
 # The bundle as Flower keeps it.
 from flwr.supercore.fab import Fab
+
+# The pieces of a message.
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 # Parses and serialises the bodies of Fleet calls.
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
@@ -70,21 +81,28 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 
 # The Runtime interface as plain functions.
 from flwr.superlink.servicer.runtime import runtime_handlers
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import DatabaseError
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from cropkt.bundle import VERSION, bundle, bundle_hash
 from cropkt.errors import ConfigError
+from cropkt.files import disk_full, make_private
+from cropkt_server.bank import Bank
 from cropkt_server.enrolment import Enrolment
 from cropkt_server.pki import Keys, check_certificate
 from cropkt_server.public import App, Listener, PublicDoor
 from cropkt_server.roster import Roster
+from cropkt_server.under_way import UnderWay
 
 log = logging.getLogger("cropkt.server")
 
 HEARTBEAT = 5.0  # seconds; Flower gives a run up after 60 without
+CACHE = 4096  # KiB of Flower's database that a connection keeps in memory
+BUSY = 25_000  # milliseconds that it waits to write; a SuperNode waits 30 s for an answer
 RESTARTS = 100  # of a run that Flower gave up, before we do
+LATEST_BEAT = 25.0  # seconds; a SuperNode says every 17.5 to 22.5 that it lives
 
 Main = Callable[[Grid, Context], None]
 
@@ -96,15 +114,21 @@ class SuperLink:
         self._roster = roster
         path = folder / "flower.sqlite"
         # Made here first: SQLite would make it readable for others.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        make_private(path)
         _, self._factory = get_objectstore_linkstate_factories(str(path), get_federation_manager())
         try:
             self._state = self._factory.state()
         except DatabaseError as error:
+            if disk_full(error):
+                raise
             fix = "Move it away: it is made anew from the roster"
             raise ConfigError(path, f"cannot be used ({type(error).__name__})", fix) from None
+        for database in self._databases():
+            event.listen(database, "connect", _moderate)
+            database.dispose()  # what is open was opened otherwise
         self._listener: Listener | None = None
         self._closed = threading.Event()
+        self._under_way = UnderWay()
         self._end_runs()
         self.reconcile()
 
@@ -175,10 +199,12 @@ class SuperLink:
         if self._listener is not None:
             self._listener.stop()
             self._listener = None
-        for database in (self._state, self._state.object_store):
-            engine = getattr(database, "_engine", None)  # Flower never closes its own
-            if engine is not None:
-                engine.dispose()
+        for database in self._databases():
+            database.dispose()  # Flower never closes its own
+
+    def _databases(self) -> list[Engine]:
+        """Return the two pools of connections to Flower's database: of its state, of objects."""
+        return [cast(Any, part)._engine for part in (self._state, self._state.object_store)]
 
     def run_server_app(self, main: Main, run_config: Mapping[str, Any]) -> None:
         """Run a ServerApp in this thread, until it returns.
@@ -211,7 +237,7 @@ class SuperLink:
             state=RecordDict(),
             run_config=dict(run_config),
         )
-        grid = _InProcessGrid(self._state, task)
+        grid = _InProcessGrid(self._state, task, self._under_way)
         outcome, details = SubStatus.FAILED, ""
         try:
             with self._heartbeat(task):
@@ -262,8 +288,11 @@ class SuperLink:
                 try:
                     self._state.acknowledge_task_heartbeat(task.task_id)
                     self.reconcile()  # another process may have revoked a site
-                except Exception:  # a full disk, say: it may pass, and the next beat tries again
-                    log.exception("the coordinator's databases could not be written")
+                except Exception as error:  # it may pass, and the next beat tries again
+                    if disk_full(error):
+                        log.error("no space is left on the disk of the coordinator's databases")
+                    else:
+                        log.exception("the coordinator's databases could not be written")
 
         thread = threading.Thread(target=beat, name="cropkt-heartbeat", daemon=True)
         thread.start()
@@ -287,8 +316,42 @@ class SuperLink:
         )
         app.state.linkstate_factory = self._factory
         app.state.enable_supernode_auth = True
-        app.include_router(fleet_router, dependencies=[Depends(_answers_for_itself)])
+        checks = [Depends(_answers_for_itself), Depends(self._begins_anew), Depends(self._note)]
+        app.include_router(fleet_router, dependencies=checks)
         return cast(App, app)
+
+    def _begins_anew(self, request: Request) -> None:
+        """End a site's last session, which may have died without a farewell, if it begins another.
+
+        Flower itself refuses the new session for up to a minute, and waits for ever for answers to
+        what the old one took with it: that counts as lost now. A session that still says that it
+        lives is left alone, and Flower refuses the other: two clients have the same key.
+        """
+        asked = getattr(request.state, "protobuf_request", None)
+        if not isinstance(asked, ActivateNodeRequest):
+            return
+        node_id = self._state.get_node_id_by_public_key(asked.public_key)
+        if node_id is None:
+            return
+        (node,) = self._state.get_node_info(node_ids=[node_id])
+        last_beat = node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval
+        if time.time() - last_beat < LATEST_BEAT and node.online_until > time.time():
+            return
+        self._state.deactivate_node(node_id)
+        lost = self._under_way.of(node_id)
+        self._state.delete_messages(lost)
+        log.info("node %d begins a new session; %d messages were lost", node_id, len(lost))
+
+    def _note(self, request: Request) -> None:
+        """Note that a node asks for its next message, or begins to answer one."""
+        asked = getattr(request.state, "protobuf_request", None)
+        if isinstance(asked, PullMessagesRequest):
+            self._under_way.asked(asked.node.node_id)
+        elif isinstance(asked, PushMessagesRequest):
+            for message, tree in zip(asked.messages_list, asked.message_object_trees, strict=False):
+                pieces = [piece.object_id for piece in iterate_object_tree(tree)]
+                answered = message.metadata.reply_to_message_id
+                self._under_way.answered(answered, asked.node.node_id, pieces)
 
 
 @contextmanager
@@ -310,17 +373,26 @@ def serving(
     name, _, public_port = host.rpartition(":")
     keys = Keys.of(folder)
     check_certificate(keys, [name.strip("[]")])
-    roster = Roster(folder)
-    try:
+    with closing(Roster(folder)) as roster, closing(Bank(folder)) as bank:
         superlink = SuperLink(folder, roster)
-        enrolment = Enrolment(study=study, host=host, keys=keys, roster=roster)
+        enrolment = Enrolment(
+            study=study, host=host, keys=keys, roster=roster, revoked=bank.revoked
+        )
         try:
             superlink.serve(enrolment, host=listen, port=int(public_port) if port is None else port)
             yield superlink
         finally:
             superlink.stop()
-    finally:
-        roster.close()
+
+
+def _moderate(connection: sqlite3.Connection, record: object) -> None:
+    """Let a connection remember little and wait long for its turn.
+
+    Flower gives each of thirty connections 64 MB and maps 256 MB, and fails after five seconds.
+    """
+    connection.execute(f"PRAGMA cache_size = -{CACHE}")
+    connection.execute("PRAGMA mmap_size = 0")
+    connection.execute(f"PRAGMA busy_timeout = {BUSY}")
 
 
 class _RunGivenUpError(RuntimeError):
@@ -332,6 +404,7 @@ class _Runtime:
 
     def __init__(self, state: LinkState, task: Task) -> None:
         self._state, self._task = state, task
+        self._answers: deque[tuple[Any, Any]] = deque()  # taken from the state, not yet returned
 
     def _alive(self) -> None:
         status = self._state.get_run_status({self._task.run_id})[self._task.run_id]
@@ -349,9 +422,16 @@ class _Runtime:
         return runtime_handlers.push_messages(request, self._state, self._task)
 
     def PullMessages(self, request: Any) -> Any:
-        """Return answers."""
+        """Return one answer, if there is one: those of all sites at once would fill the memory."""
         self._alive()
-        return runtime_handlers.pull_messages(request, self._state, self._task)
+        if not self._answers:
+            found = runtime_handlers.pull_messages(request, self._state, self._task)
+            pairs = zip(found.messages_list, found.message_object_trees, strict=True)
+            self._answers.extend(pairs)
+        if not self._answers:
+            return PullAppMessagesResponse()
+        answer, tree = self._answers.popleft()
+        return PullAppMessagesResponse(messages_list=[answer], message_object_trees=[tree])
 
     def PushObject(self, request: Any) -> Any:
         """Take a piece of a message."""
@@ -372,11 +452,41 @@ class _Runtime:
 class _InProcessGrid(HttpGrid):
     """Flower's grid without HTTP: no token to steal, no listener to find."""
 
-    def __init__(self, state: LinkState, task: Task) -> None:
+    def __init__(self, state: LinkState, task: Task, under_way: UnderWay) -> None:
         super().__init__(token="none: nothing is sent")
         self._client = cast(Any, _Runtime(state, task))
+        self._state, self._under_way = state, under_way
+        under_way.forget()
         (run,) = state.get_run_info(run_ids=[task.run_id])
         self.set_run(run)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids, an empty one for each that was not taken."""
+        messages = list(messages)
+        ids = list(super().push_messages(messages))
+        for message, message_id in zip(messages, ids, strict=True):
+            if message_id:
+                self._under_way.sent(message_id, message.metadata.dst_node_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the answers that are there, and an error for each message that was lost.
+
+        Flower itself would wait here for the rest of an answer that is still coming in, and keep
+        all other sites waiting.
+        """
+        ids = set(message_ids)
+        lost, coming = self._under_way.judge(ids, whole=self._whole, online=self.get_node_ids)
+        if lost:
+            self._state.delete_messages(lost)  # asked for them now, Flower says that they are lost
+        answers = list(super().pull_messages(ids - coming))
+        for answer in answers:
+            self._under_way.taken(answer.metadata.reply_to_message_id)
+        return answers
+
+    def _whole(self, pieces: tuple[str, ...]) -> bool:
+        """Return whether all pieces of an answer are there."""
+        return all(self._state.object_store.get(piece) for piece in pieces)
 
 
 async def _answers_for_itself(request: Request) -> None:

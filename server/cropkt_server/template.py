@@ -19,11 +19,14 @@ _SAYS = {
     "name": "This study's name; the sites' enrolments carry it.",
     "host": "Name or address, and port, by which the sites reach this coordinator.",
     "listen": "Address of this machine to listen on; 0.0.0.0 is all of IPv4.",
+    "port": "Port of this machine to listen on, where a firewall forwards the one in host to\n"
+    "another; null is the one in host.",
     "min_sites": "Experts are not shared before so many sites have joined.",
     "deadline": "When to go on with the sites that are there: 2026-03-01T12:00, or a span from\n"
     "the first start such as 12h, 7d, 2w; null waits for every site that was invited.",
     "sites": "Of a simulation only: a deployed study knows its sites from invitations.",
     "study": "Everything that decides the study's numbers.",
+    "study.purpose": "What the study is for; a site answers only the purposes in its policy.",
     "study.endpoint": "Which outcome: OS, DSS, PFI or DFI.",
     "study.seed": "Of folds and training.",
     "study.folds": "Of the cross-validation, 3 to 10.",

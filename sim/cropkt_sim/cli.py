@@ -113,6 +113,10 @@ def run(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Drop and count bad rows and slides.")
     ] = False,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Sites are private: each may spend this on one expert."),
+    ] = None,
 ) -> None:
     r"""Run a whole study: experts, transfer, routing, report.
 
@@ -142,6 +146,7 @@ def run(
                 engine=engine.value,
                 workers=workers,
                 skip_bad=skip_bad,
+                epsilon=epsilon,
             )
         )
 

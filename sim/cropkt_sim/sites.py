@@ -42,7 +42,13 @@ DataKind = Literal["synthetic", "clinical", "features"]
 SitesBy = Literal["cancers", "hospitals"]
 OnBad = Literal["raise", "skip"]
 
-_LAYOUT = 1  # raise it when the same inputs give other files
+_LAYOUT = 2  # raise it when the same inputs give other files
+_RELEASE = {  # nobody's patients: all numbers leave as they are
+    "approval": "auto",
+    "minimum_patients": 0,
+    "minimum_events": 0,
+    "round_counts_to": 1,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +89,7 @@ def prepare(
     on_bad: OnBad,
     programs: Programs = "default",
     patches: int = 24,
+    epsilon: float | None = None,
 ) -> Prepared:
     """Write the folders of all sites, or find those of an earlier run with the same inputs.
 
@@ -98,13 +105,16 @@ def prepare(
         on_bad: raise at the first bad input, or leave it out and say so.
         programs: what synthetic data has planted.
         patches: of a synthetic patient, on average.
+        epsilon: what each site may spend on the one expert that it gives; None: no privacy.
 
     Raises:
         UsageError: options that do not go together, or `sites` was made from other inputs.
         DataError: a bad table or slide. Nothing is written then.
     """
     chosen = None if cancers is None else tuple(sorted(set(cancers)))
+    privacy = None if epsilon is None else {"epsilon": epsilon, "per_release": epsilon}
     inputs: dict[str, Any] = {"layout": _LAYOUT, "data": data, "cancers": chosen, "by": by}
+    inputs |= {} if privacy is None else {"privacy": privacy}
     read: Callable[[], _Input]
     if data == "synthetic":
         if outcomes is not None or features:
@@ -131,7 +141,10 @@ def prepare(
             )
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     sites = folder.resolve() / "sites"
-    return _earlier(sites, digest) if sites.exists() else _write(read(), sites, by, on_bad, digest)
+    if sites.exists():
+        return _earlier(sites, digest)
+    settings = {"on_bad": on_bad} if privacy is None else {"on_bad": on_bad, "privacy": privacy}
+    return _write(read(), sites, by, settings, digest)
 
 
 def _synthetic(
@@ -226,7 +239,9 @@ def _earlier(sites: Path, digest: str) -> Prepared:
     )
 
 
-def _write(found: _Input, sites: Path, by: SitesBy, on_bad: OnBad, digest: str) -> Prepared:
+def _write(
+    found: _Input, sites: Path, by: SitesBy, settings: dict[str, Any], digest: str
+) -> Prepared:
     """Write all sites beside the place where they then appear."""
     new_folders = [path for path in (sites.parent, *sites.parent.parents) if not path.exists()]
     part = sites.with_name(f".sites.{secrets.token_hex(4)}.partial")
@@ -237,7 +252,7 @@ def _write(found: _Input, sites: Path, by: SitesBy, on_bad: OnBad, digest: str) 
         for cancer in found.cancers:
             patients = found.load(cancer)
             for name, rows in _sites(cancer, patients, by, notes):
-                _write_site(part / str(len(names)), name, rows, patients, found, on_bad)
+                _write_site(part / str(len(names)), name, rows, patients, found, settings)
                 names.append(name)
         if by == "hospitals":
             notes.append(f"{counted(len(names), 'site')}, small hospitals of a cancer pooled")
@@ -293,7 +308,7 @@ def _write_site(
     rows: Sequence[PatientOutcome],
     patients: Patients,
     found: _Input,
-    on_bad: OnBad,
+    settings: dict[str, Any],
 ) -> None:
     """Write what a hospital has; its features too, unless they lie in files already."""
     folder.mkdir()
@@ -303,7 +318,8 @@ def _write_site(
         "cancers": [str(cancer)],
         "outcomes": "outcomes.csv",
         "state": "state",
-        "on_bad": on_bad,
+        "release": _RELEASE,
+        **settings,
     }
     if patients.bags is None:
         config["slides"] = [str(path) for path in found.slides]

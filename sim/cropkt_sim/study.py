@@ -49,6 +49,7 @@ class Options:
     engine: Engine
     workers: int
     skip_bad: bool
+    epsilon: float | None = None
 
 
 def run_study(options: Options) -> None:
@@ -76,6 +77,7 @@ def run_study(options: Options) -> None:
         by=options.by,
         on_bad="skip" if options.skip_bad else "raise",
         programs=options.programs,
+        epsilon=options.epsilon,
     )
     for note in prepared.notes:
         console.print(note, soft_wrap=True)

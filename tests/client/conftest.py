@@ -41,6 +41,7 @@ def write_site(folder: Path, cancer: Cancer, *, seed: int, patients: int = 48) -
         "cancers": [str(cancer)],
         "outcomes": "outcomes.csv",
         "pack": "pack",
+        "release": {"approval": "auto"},
     }
     path.write_text(yaml.safe_dump(config))
     return path

@@ -124,7 +124,7 @@ def test_an_error_of_our_own_keeps_its_text_on_the_site(
     reply = ask(ExpertRequest(task="t", study=study, cancer=Cancer.UVM, weights=weights))
     assert isinstance(reply, Failure)
     assert reply.code == "bad_message"
-    assert "weights have shape (1, 7), expected" in caplog.text
+    assert "the expert of UVM is not signed" in caplog.text
 
 
 def test_only_the_cancers_served_are_told_of(

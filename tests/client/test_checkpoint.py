@@ -77,6 +77,7 @@ def kill(site: Site, request: ExpertRequest | RouterRequest, *, after: int) -> N
 @pytest.mark.parametrize("standardise", ["none", "site"])
 def test_a_killed_training_ends_with_the_same_weights(
     two_sites: tuple[Site, Site],
+    make_site: Callable[..., Site],
     study: StudyConfig,
     standardise: str,
     caplog: pytest.LogCaptureFixture,
@@ -98,9 +99,18 @@ def test_a_killed_training_ends_with_the_same_weights(
         site.keep_answer(request, reply)
         assert not list((site.state / "UVM").glob("*training.npz*"))
 
-    sources = np.concatenate([wanted.weights * 0.5, wanted.weights * 1.5]).astype(np.float32)
+    others = (Cancer.KIPAN, Cancer.SKCM)
+    given = [
+        tasks.fit_expert(ExpertRequest(task="t", study=study, cancer=cancer), make_site(cancer))
+        for cancer in others
+    ]
     routing = RouterRequest(
-        task="t", study=study, cancer=UVM, sources=(Cancer.KIPAN, Cancer.SKCM), weights=sources
+        task="t",
+        study=study,
+        cancer=UVM,
+        sources=others,
+        weights=np.concatenate([reply.weights for reply in given]),
+        signed=tuple(reply.signed for reply in given if reply.signed),
     )
     tasks.fit_router(routing, whole)
     kill(killed, routing, after=5)

@@ -406,7 +406,7 @@ def test_a_damaged_key_is_not_replaced(joined: Path, toy: Toy) -> None:
 
 
 def test_an_answer_without_end_is_cut(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy.hello = {"news": "x" * 100_000}
+    toy.hello = {"news": "x" * 2_000_000}
     ca = toy.ca.public_bytes(ser.Encoding.PEM)
     with pytest.raises(UnavailableError, match="too long"):
         Coordinator(toy.host, ca).hello()
@@ -419,6 +419,15 @@ def test_a_closed_study_ends_the_client_with_0(toy: Toy, joined: Path) -> None:
     code, said = run("status", "--config", joined)
     assert code == 3
     assert "the study is closed" in said
+
+
+def test_what_the_coordinator_revokes_is_remembered(toy: Toy, joined: Path) -> None:
+    toy.hello, toy.closed_after = {"revoked": ["1" * 64]}, 0
+    assert run(*SERVE, "--config", joined)[0] == 0
+    assert json.loads((joined.parent / "state" / "revoked.json").read_text()) == ["1" * 64]
+    toy.hello = {"revoked": ["not a hash"]}
+    code, said = run(*SERVE, "--config", joined)
+    assert (code, "not understood (revoked)" in said) == (76, True), said
 
 
 def test_a_device_that_is_not_there_is_said_before_the_first_task(toy: Toy, joined: Path) -> None:

@@ -39,7 +39,10 @@ from cropkt.messages import REPLIES, ExpertReply, ExpertRequest, Failure, Score
 from cropkt.wire import from_record, to_record
 from cropkt_client import executor as module
 from cropkt_client.executor import Executor, run_app
+from cropkt_client.gate import Gate
+from cropkt_client.ledger import Ledger
 from cropkt_client.log import Status
+from cropkt_client.settings import ReleasePolicy
 from cropkt_client.worker import Worker
 
 HERE = Path(__file__).parent
@@ -71,7 +74,10 @@ def train(message: Message, context: Context) -> Message:
         score=Score(c_index=0.6, se=0.1),
         seconds=1.0,
     )
-    return Message(to_record(reply), reply_to=message)
+    if request.round == 5:
+        return Message(to_record(reply), reply_to=message)
+    gate = Gate(site="lumc", state=marks.parent / "state", release=ReleasePolicy(approval="auto"))
+    return gate.release(reply, request, to=message)
 
 
 def run_toy(
@@ -158,6 +164,7 @@ def _request(round_: int) -> Message:
         study=StudyConfig(),
         cancer=Cancer.UVM,
         round=round_,
+        shared=True,
         weights=np.arange(6, dtype=np.float32).reshape(2, 3),
     )
     return Message(to_record(request), dst_node_id=NODE, message_type="train.expert")
@@ -194,7 +201,7 @@ def start(
             secret=node.secret,
             worker=Worker("test_executor:run_toy"),
             bundle=bundle_hash(),
-            site="lumc",
+            gate=Gate(site="lumc", state=tmp_path / "state"),
             status=status,
         )
         executors.append(executor)
@@ -266,6 +273,17 @@ def test_an_exception_crosses_as_a_code_only(
     assert (failure.task, failure.code, failure.site) == ("expert/1", "internal", "lumc")
     assert failure.reference in caplog.text
     assert "patient-0815" not in caplog.text
+
+
+def test_an_answer_that_went_round_the_gate_is_not_handed_over(
+    node: SuperNode, start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start()
+    node.send(_request(5), bundle())
+    failure = _failure(node.reply())
+    assert (failure.task, failure.code) == ("expert/5", "internal")
+    assert "did not come through the gate" in caplog.text
+    assert [row.message for row in Ledger(tmp_path / "state").rows()] == ["failure internal"]
 
 
 def test_a_child_that_keeps_dying_is_a_failed_row_and_the_client_lives(

@@ -23,6 +23,7 @@ from cropkt_client.supernode import SuperNode, _quoted, settle_environment
 REFUSED = "print('ERROR: Exit Code: 305'); print('[code: 2004] no'); raise SystemExit(1)"
 CUT_OFF = "print('INFO : SuperNode terminated gracefully.')"
 UNTRUSTED = "print('ERROR: SSL: CERTIFICATE_VERIFY_FAILED'); raise SystemExit(1)"
+BROKEN = f"print('ERROR: [SSL: UNEXPECTED_EOF] EOF'); raise SystemExit({supernode.GAVE_UP})"
 STAYS = "import time; print('INFO : up'); time.sleep(60)"
 
 
@@ -114,6 +115,12 @@ def test_a_site_that_was_cut_off_is_told(keep: Keep) -> None:
     node, said = keep(CUT_OFF)
     _tend(node, lambda: said)
     assert "revoked" in said[0]
+
+
+def test_a_broken_handshake_is_no_untrusted_certificate(keep: Keep) -> None:
+    node, said = keep(BROKEN)
+    _tend(node, lambda: said)
+    assert "connection to the coordinator broke" in said[0]
 
 
 def test_each_failure_is_waited_for_longer(keep: Keep) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cropkt.cancers import Cancer
 from cropkt.config import PUBLISHED, StudyConfig
-from cropkt.errors import MessageError
+from cropkt.errors import MessageError, OtherExpertError
 from cropkt.messages import (
     DescribeRequest,
     ExpertReply,
@@ -33,28 +34,37 @@ def expert(site: Site, study: StudyConfig, cancer: Cancer, **options: object) ->
     return tasks.fit_expert(request, site)
 
 
+Sources = dict[str, Any]  # of a request: the other cancers, their experts' weights and cards
+
+
 @pytest.fixture
-def sources(
-    make_site: Callable[..., Site], study: StudyConfig
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Experts of two other cancers with the same planted truth."""
-    replies = [expert(make_site(c, seed=i + 1), study, c) for i, c in enumerate((KIPAN, SKCM))]
-    return np.concatenate([reply.weights for reply in replies])
+def experts_of(make_site: Callable[..., Site]) -> Callable[[StudyConfig], Sources]:
+    """Return experts of two other cancers with the same planted truth, trained in a study."""
+    sites = {c: make_site(c, seed=i + 1) for i, c in enumerate((KIPAN, SKCM))}
+
+    def train(study: StudyConfig) -> Sources:
+        replies = [expert(site, study, cancer) for cancer, site in sites.items()]
+        return {
+            "sources": tuple(sites),
+            "weights": np.concatenate([reply.weights for reply in replies]),
+            "signed": tuple(reply.signed for reply in replies),
+        }
+
+    return train
 
 
-def whole(
-    site: Site, study: StudyConfig, sources: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-) -> tuple[TransferReply, ReleaseReply]:
+@pytest.fixture
+def sources(experts_of: Callable[[StudyConfig], Sources], study: StudyConfig) -> Sources:
+    return experts_of(study)
+
+
+def whole(site: Site, study: StudyConfig, sources: Sources) -> tuple[TransferReply, ReleaseReply]:
     """Take a site through every task of one study."""
     expert(site, study, UVM)
     scores = tasks.score_sources(
-        TransferRequest(task="t", study=study, cancer=UVM, sources=(KIPAN, SKCM), weights=sources),
-        site,
+        TransferRequest(task="t", study=study, cancer=UVM, **sources), site
     )
-    tasks.fit_router(
-        RouterRequest(task="t", study=study, cancer=UVM, sources=(KIPAN, SKCM), weights=sources),
-        site,
-    )
+    tasks.fit_router(RouterRequest(task="t", study=study, cancer=UVM, **sources), site)
     return scores, tasks.release(ReleaseRequest(task="t", study=study, cancer=UVM), site)
 
 
@@ -83,7 +93,9 @@ def test_a_shared_cancer_gives_its_fold_models_too(
     site = make_site()
     reply = expert(site, study, UVM, shared=True)
     assert reply.weights.shape[0] == 1 + 3 + 3
-    following = expert(site, study, UVM, shared=True, round=1, weights=reply.weights)
+    following = expert(
+        site, study, UVM, shared=True, round=1, weights=reply.weights, signed=reply.signed
+    )
     assert not np.array_equal(following.weights, reply.weights)
 
 
@@ -91,7 +103,7 @@ def test_a_shared_cancer_gives_its_fold_models_too(
 def test_a_whole_study_of_one_site(
     make_site: Callable[..., Site],
     study: StudyConfig,
-    sources: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+    experts_of: Callable[[StudyConfig], Sources],
     variant: str,
 ) -> None:
     if variant == "standardised":
@@ -101,7 +113,7 @@ def test_a_whole_study_of_one_site(
     elif variant == "published":
         router = replace(PUBLISHED.router, epochs=2)
         study = replace(study, source="fold_0", router=router)
-    scores, release = whole(make_site(), study, sources)
+    scores, release = whole(make_site(), study, experts_of(study))
     assert len(scores.scores) == 2
     assert len(scores.training_scores) == 3
     assert all(score.c_index is not None and score.c_index > 0.6 for score in scores.scores)
@@ -120,7 +132,7 @@ def test_a_whole_study_of_one_site(
 def test_the_same_study_gives_the_same_numbers(
     make_site: Callable[..., Site],
     study: StudyConfig,
-    sources: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+    sources: Sources,
 ) -> None:
     site = make_site()
     first, second = whole(site, study, sources)[1], whole(site, study, sources)[1]
@@ -131,8 +143,9 @@ def test_weights_of_another_shape_are_refused(
     make_site: Callable[..., Site], study: StudyConfig
 ) -> None:
     site = make_site()
-    with pytest.raises(MessageError, match=r"shape \(1, 7\), expected"):
-        expert(site, study, UVM, weights=np.zeros((1, 7), dtype=np.float32))
+    signed = expert(site, study, UVM).signed
+    with pytest.raises(OtherExpertError, match="1 models came, 7 are wanted"):
+        expert(site, study, UVM, weights=np.zeros((1, 7), dtype=np.float32), signed=signed)
 
 
 def test_release_before_a_router_is_refused(
@@ -145,7 +158,7 @@ def test_release_before_a_router_is_refused(
 def test_replies_never_hold_an_id(
     make_site: Callable[..., Site],
     study: StudyConfig,
-    sources: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+    sources: Sources,
 ) -> None:
     site = make_site()
     for reply in whole(site, study, sources):

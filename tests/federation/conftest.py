@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ COMMANDS = {
     name: [sys.executable, "-c", f"from cropkt_{name}.cli import main; main()"]
     for name in ("server", "client")
 }
+RELAY = runpy.run_path(str(Path(__file__).with_name("relay.py")))
 DIM = 6
 CONFIG = StudyConfig(
     folds=3,
@@ -91,6 +94,7 @@ class Federation:
             "cancers": [str(cancer) for cancer in cancers],
             "outcomes": "outcomes.csv",
             "pack": "pack",
+            "release": {"approval": "auto"},
             **settings,
         }
         (folder / "site.yaml").write_text(yaml.safe_dump(values))
@@ -120,15 +124,16 @@ class Federation:
             *("server", "invite", str(self.study), "--site", site, *named, "--expires", expires)
         ).strip()
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """Start the coordinator."""
-        return self.begin("server", "start", str(self.study), *arguments, log="server.log")
+        start = ("server", "start", str(self.study), *arguments)
+        return self.begin(*start, log="server.log", **options)
 
-    def enrol(self, site: str, invite: str) -> None:
+    def enrol(self, site: str, invite: str, env: dict[str, str] | None = None) -> None:
         """Enrol, as soon as the coordinator answers."""
         command = [*COMMANDS["client"], "enrol", invite, "--config", str(self.site(site))]
         for _ in range(60):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
             if done.returncode != UNAVAILABLE:
                 break
             time.sleep(0.5)
@@ -140,6 +145,16 @@ class Federation:
         arguments = ["--site", site, *named, "--config", str(self.site(site))]
         return self.begin("client", *arguments, log=f"{site}.log", **options)
 
+    def serve_all(
+        self, sites: Mapping[str, Cancer], *arguments: str
+    ) -> tuple[subprocess.Popen[str], dict[str, subprocess.Popen[str]]]:
+        """Start the coordinator with `arguments`, and let every hospital enrol and serve."""
+        invites = {site: self.invite(site, cancer) for site, cancer in sites.items()}
+        coordinator = self.start(*arguments)
+        for site, invite in invites.items():
+            self.enrol(site, invite)
+        return coordinator, {site: self.serve(site, cancer) for site, cancer in sites.items()}
+
     def run(self, side: str, *arguments: str, code: int = 0) -> str:
         """Run a command to its end; return what it printed."""
         done = subprocess.run(
@@ -148,16 +163,37 @@ class Federation:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
+    def complaint(self, side: str, *arguments: str, code: int) -> str:
+        """Run a command that cannot succeed; return its one line."""
+        done = subprocess.run(
+            [*COMMANDS[side], *arguments], capture_output=True, text=True, timeout=120
+        )
+        lines = done.stderr.splitlines()
+        assert (done.returncode, len(lines)) == (code, 1), done.stderr
+        return lines[0]
+
     def begin(
-        self, side: str, *arguments: str, log: str, env: dict[str, str] | None = None
+        self,
+        side: str,
+        *arguments: str,
+        log: str,
+        env: dict[str, str] | None = None,
+        under: Sequence[str] = (),
     ) -> subprocess.Popen[str]:
-        """Start a command that goes on."""
+        """Start a command that goes on, `under` another one if that is given."""
+        command = [*under, *COMMANDS[side], *arguments]
         with (self.folder / log).open("a") as output:
-            process = subprocess.Popen(
-                [*COMMANDS[side], *arguments], stdout=output, stderr=output, text=True, env=env
-            )
+            process = subprocess.Popen(command, stdout=output, stderr=output, text=True, env=env)
         self.processes.append(process)
         return process
+
+    def customised(self, code: str, **variables: str) -> dict[str, str]:
+        """Return an environment in which Python runs `code` first, in child processes too."""
+        folder = self.folder / "custom"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(code)
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        return {**os.environ, **variables, "PYTHONPATH": path}
 
     def end(self) -> None:
         """Stop every process that still runs."""
@@ -231,8 +267,25 @@ class Federation:
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Iterator[Federation]:
+def relay() -> Iterator[Any]:
+    """Return a relay that stands for the network."""
+    relay = RELAY["Relay"]()
+    yield relay
+    relay.close()
+
+
+@pytest.fixture
+def proxy() -> Iterator[Any]:
+    """Return an HTTP proxy that notes whom it was asked for."""
+    proxy = RELAY["Proxy"]()
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Federation]:
     """Return a federation that nobody has set up yet."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several trainings share this machine
     federation = Federation(tmp_path)
     yield federation
     federation.end()

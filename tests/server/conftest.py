@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cropkt.cancers import Cancer
+from cropkt.experts.artifact import m0_hash
+from cropkt.experts.card import Card, models_of, public_text, sign, training_hash
+from cropkt.experts.training import cross_fitted
 from cropkt.messages import (
     CohortCount,
     DescribeReply,
@@ -18,10 +25,13 @@ from cropkt.messages import (
     RouterReply,
     RouterRequest,
     Score,
+    Signed,
     TransferReply,
     TransferRequest,
 )
+from cropkt_server.quarantine import Quarantine
 from cropkt_server.store import Task
+from cropkt_server.study import Study
 
 
 class Sites:
@@ -67,6 +77,71 @@ class Sites:
             zero_shot_choice={},
             seconds=1.0,
         )
+
+
+@pytest.fixture
+def all_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take in weights that are no model, in tests of what comes after admission."""
+    monkeypatch.setattr(Quarantine, "takes", lambda *_: True)
+
+
+def key_of(site: str) -> Ed25519PrivateKey:
+    """Return the key of a site that a test made up."""
+    return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(site.encode()).digest())
+
+
+def signed(
+    task: Task, reply: ExpertReply, request: ExpertRequest, *, key: Ed25519PrivateKey, **card: Any
+) -> ExpertReply:
+    """Return a site's reply with its card, signed as a hospital signs."""
+    study = request.study
+    values: dict[str, Any] = {
+        "cancer": reply.cancer,
+        "site": task.site,
+        "round": request.round,
+        "patients": reply.patients,
+        "events": reply.events,
+        "endpoint": study.endpoint,
+        "encoder": "",
+        "shape": study.shape,
+        "models": models_of(reply.weights, cross_fitted(study.folds)[: len(reply.weights)]),
+        "m0": m0_hash(study),
+        "study": study.hash(),
+        "training": training_hash(study),
+        "parents": () if request.signed is None else (request.signed.hash,),
+        "created": "2026-03-01",
+        "signer": public_text(key),
+    }
+    text, signature = sign(Card(**{**values, **card}), key)
+    return replace(reply, signed=Signed(card=text, signature=signature))
+
+
+@pytest.fixture
+def all_signed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sites that answer by hand sign their experts, with a key each."""
+    record = Study.record
+
+    def sign_and_record(self: Study, task: Task, reply: Message) -> None:
+        if isinstance(reply, ExpertReply) and reply.signed is None:
+            request = self.request(task)
+            if isinstance(request, ExpertRequest):
+                encoder = self.descriptions()[task.site].encoder
+                reply = signed(task, reply, request, key=key_of(task.site), encoder=encoder)
+        record(self, task, reply)
+
+    monkeypatch.setattr(Study, "record", sign_and_record)
+
+
+@pytest.fixture
+def signer() -> Callable[[str], Ed25519PrivateKey]:
+    """Return what gives the key of a site that a test made up."""
+    return key_of
+
+
+@pytest.fixture
+def sign_reply() -> Callable[..., ExpertReply]:
+    """Return what signs a reply, with any key and card."""
+    return signed
 
 
 @pytest.fixture

@@ -227,7 +227,7 @@ def test_a_signal_stops_it_cleanly_and_it_starts_again(
             [*COMMAND, "start", str(folder)], capture_output=True, text=True, timeout=60
         )
         assert second.returncode == 64
-        assert f"(process {process.pid}) runs this study" in second.stderr
+        assert f"(process {process.pid}) works in this folder" in second.stderr
         assert run("status", folder).stdout.startswith("study eye at 127.0.0.1")
         os.kill(process.pid, number)
         assert process.wait(30) == code

@@ -23,6 +23,8 @@ from cropkt_server.store import Task
 from cropkt_server.study import MAX_TRIES, Gathering, Study
 from cropkt_sim.flower_internals import SERVER_NODE_ID, identify_process, new_message_id
 
+pytestmark = pytest.mark.usefixtures("all_admitted", "all_signed")
+
 UVM, SKCM, KIPAN = Cancer.UVM, Cancer.SKCM, Cancer.KIPAN
 MEMBERS = (Member("a", (UVM,)), Member("b", (SKCM,)), Member("c", (KIPAN,)))
 NODES = {1: "a", 2: "b", 3: "c"}

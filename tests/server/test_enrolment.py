@@ -18,6 +18,14 @@ from cropkt_server.enrolment import Allowance, Enrolment
 from cropkt_server.pki import Keys, make_keys
 from cropkt_server.roster import EnrolmentRefusedError, Roster
 
+COMPRESSED = (
+    "ecdsa-sha2-nistp384 "
+    + base64.b64encode(
+        b"\0\0\0\x13ecdsa-sha2-nistp384\0\0\0\x08nistp384\0\0\0\x31\2" + b"x" * 48
+    ).decode()
+)
+"""A key whose parser raises another error than all others."""
+
 
 class Nodes:
     """Remembers what it was asked."""
@@ -116,6 +124,9 @@ def test_new_keys_cut_the_old_node_off(enrolment: Enrolment, request_of: dict[st
         ({"site": "../B"}, "malformed", "site"),
         ({"node_key": "ssh-rsa AAAA"}, "malformed", "node key"),
         ({"node_key": "x" * 2001}, "malformed", "node_key"),
+        ({"node_key": "ecdsa-sha2-nistp999 AAAA"}, "malformed", "node key"),
+        ({"node_key": COMPRESSED}, "malformed", "node key"),
+        ({"protocol": 10**4000}, "malformed", "protocol"),
         ({"signing_key": "A" * 43 + "="}, None, ""),
         ({"signing_key": "A" * 42 + "B="}, "malformed", "signing key"),
         ({"signing_key": "AAAA"}, "malformed", "signing_key"),

@@ -1,7 +1,11 @@
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -186,3 +190,16 @@ def test_refuses_a_newer_schema(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(ConfigError, match="schema 99"):
         Roster(tmp_path)
+
+
+def test_a_command_beside_the_coordinator_leaves_its_log_alone(tmp_path: Path) -> None:
+    """A coordinator opens its roster more than once; another process comes and goes."""
+    command = (
+        "import sys; from pathlib import Path; from cropkt_server.roster import Roster; "
+        "Roster(Path(sys.argv[1])).close()"
+    )
+    with closing(Roster(tmp_path)) as roster, closing(Roster(tmp_path)):
+        subprocess.run([sys.executable, "-c", command, tmp_path], check=True, timeout=60)
+        roster.invite("lumc", [Cancer.UVM], time.time() + 60)
+        with closing(sqlite3.connect(tmp_path / "roster.sqlite")) as other:
+            assert other.execute("SELECT site FROM invite").fetchall() == [("lumc",)]

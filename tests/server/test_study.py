@@ -31,6 +31,8 @@ from cropkt_server.results import results
 from cropkt_server.store import Task, read_tasks
 from cropkt_server.study import MAX_TRIES, Study
 
+pytestmark = pytest.mark.usefixtures("all_admitted", "all_signed")
+
 UVM, SKCM, KIPAN = Cancer.UVM, Cancer.SKCM, Cancer.KIPAN
 HOLDINGS = {"a": [UVM], "b": [SKCM], "c": [KIPAN, SKCM]}
 EVENTS = {("a", UVM): 20, ("b", SKCM): 30, ("c", KIPAN): 50, ("c", SKCM): 10}

@@ -16,6 +16,8 @@ from cropkt_server.results import results
 from cropkt_server.store import Store, Task
 from cropkt_server.study import Gathering, Study
 
+pytestmark = pytest.mark.usefixtures("all_admitted", "all_signed")
+
 UVM, SKCM, KIPAN = Cancer.UVM, Cancer.SKCM, Cancer.KIPAN
 CONFIG = StudyConfig(folds=3, rounds=2)
 A, B, C, D = Member("a", (UVM,)), Member("b", (SKCM,)), Member("c", (KIPAN,)), Member("d", (UVM,))

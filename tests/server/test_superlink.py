@@ -37,11 +37,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab as ProtoFab
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
+    DeactivateNodeRequest,
     PullMessagesRequest,
     PushMessagesRequest,
     RegisterNodeFleetRequest,
@@ -72,7 +74,7 @@ from cropkt_server.enrolment import Enrolment
 from cropkt_server.pki import Keys, make_keys
 from cropkt_server.public import FLEET_BODY, FLEET_CALLS, KEY_HEADER
 from cropkt_server.roster import Roster
-from cropkt_server.superlink import SuperLink, serving
+from cropkt_server.superlink import LATEST_BEAT, SuperLink, serving
 
 # Of alembic, which Flower's database is opened with.
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")
@@ -302,6 +304,7 @@ def test_public_routes(coordinator: Coordinator) -> None:
         "protocol": 1,
         "flwr": version("flwr"),
         "bundle": bundle_hash(),
+        "revoked": [],
     }
     coordinator.superlink.say_closed()
     assert coordinator.web.get("/v1/cropkt/hello").json()["closed"] is True
@@ -553,6 +556,62 @@ def test_revoked_in_the_middle_of_a_task(coordinator: Coordinator, site: Site) -
     assert all(answer.has_error() for answer in answers)
     assert coordinator.roster.site_of(node.node_id) is None
     assert site.enrol().json()["code"] == "revoked"
+
+
+def _silent(folder: Path, seconds: float) -> None:
+    """Let every node be silent since so long."""
+    with closing(sqlite3.connect(folder / "flower.sqlite")) as database:
+        database.execute("UPDATE node SET online_until = ?", (time.time() + 60 - seconds,))
+        database.commit()
+
+
+@pytest.mark.parametrize("farewell", [True, False], ids=["left and came back", "was killed"])
+def test_a_new_session_does_not_wait_for_the_end_of_the_last_one(
+    coordinator: Coordinator, site: Site, farewell: bool
+) -> None:
+    node, taken, again = site.activate(), threading.Event(), threading.Event()
+    answers: list[Message] = []
+
+    def main(grid: Grid, context: Context) -> None:
+        (sent,) = grid.push_messages([Message(RecordDict(), node.node_id, "query.describe")])
+        taken.wait(20)
+        assert list(grid.pull_messages([sent])) == []
+        again.wait(20)
+        assert list(grid.get_node_ids()) == [node.node_id]
+        answers.extend(grid.pull_messages([sent]))
+
+    with server_app(coordinator, main):
+        site.receive()
+        taken.set()
+        if farewell:
+            site.fleet.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+        else:
+            _silent(coordinator.folder, LATEST_BEAT + 1)
+        site.activate()
+        again.set()
+    assert [answer.error.code for answer in answers] == [ErrorCode.MESSAGE_UNAVAILABLE]
+
+
+def test_a_session_that_lives_is_not_taken_over(coordinator: Coordinator, site: Site) -> None:
+    node, refused, answers = site.activate(), threading.Event(), list[Message]()
+
+    def main(grid: Grid, context: Context) -> None:
+        (sent,) = grid.push_messages([Message(RecordDict(), node.node_id, "query.describe")])
+        refused.wait(20)
+        until = time.monotonic() + 20
+        while not answers and time.monotonic() < until:
+            answers.extend(grid.pull_messages([sent]))
+            time.sleep(0.05)
+
+    with server_app(coordinator, main):
+        message = site.receive()
+        _silent(coordinator.folder, LATEST_BEAT - 2)
+        with pytest.raises(httpx.HTTPStatusError) as caught:
+            site.activate()  # another client with the same key
+        assert "2004" in caught.value.response.text
+        refused.set()
+        site.reply(message, RecordDict())
+    assert [answer.has_error() for answer in answers] == [False]
 
 
 def test_raises_what_the_app_raises(coordinator: Coordinator) -> None:

@@ -67,6 +67,15 @@ def test_a_site_folder_is_a_hospital_s(tmp_path: Path) -> None:
     Pack(prepared.folder / "1" / "pack").verify()
 
 
+def test_sites_can_be_private(tmp_path: Path) -> None:
+    prepared = run(tmp_path, epsilon=8.0)
+    privacy = Site.load(prepared.folder / "1" / "site.yaml").config.privacy
+    assert privacy is not None
+    assert (privacy.epsilon, privacy.of_one) == (8.0, 8.0)
+    with pytest.raises(UsageError, match="other inputs"):
+        run(tmp_path)
+
+
 def test_a_second_run_finds_the_first_and_keeps_what_sites_learnt(tmp_path: Path) -> None:
     first = run(tmp_path)
     (first.folder / "0" / "state").mkdir()

@@ -1,0 +1,142 @@
+"""Hospitals that come late, never come, or are cut off: the study goes on, and says so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cropkt.cancers import Cancer
+from cropkt.messages import ExpertReply
+from cropkt_client.log import read_status
+from cropkt_server.store import Store
+
+pytestmark = [
+    pytest.mark.federation,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+INCOMPLETE = 3  # exit code of a study that finished, but not with everything
+
+
+def _slow(federation: Any, updates: int) -> None:
+    """Let a training take long enough for something to happen meanwhile."""
+    config = federation.config
+    federation.configure(
+        training=replace(config.training, minimum_updates=updates),
+        router=replace(config.router, minimum_updates=updates),
+    )
+
+
+def _states(federation: Any, kind: str) -> dict[str, str]:
+    return {task.id: task.state for task in federation.tasks() if task.kind == kind}
+
+
+@pytest.mark.timeout(900)
+def test_two_of_one_cancer_one_that_never_came_and_one_too_late(federation: Any) -> None:
+    sites = {"north": Cancer.UVM, "south": Cancer.UVM, "skin": Cancer.SKCM}
+    for seed, (site, cancer) in enumerate({**sites, "late": Cancer.KIPAN}.items()):
+        federation.add_site(site, cancer, seed=seed)
+    _slow(federation, 300)
+    federation.configure(rounds=2)
+    deadline = datetime.now(UTC) + timedelta(seconds=60)
+    federation.init(min_sites=3, deadline=deadline.isoformat())
+    federation.invite("never", Cancer.BLCA)
+    coordinator, _ = federation.serve_all(sites, "--linger", "0")
+    federation.until(lambda: "done" in _states(federation, "score_sources").values(), seconds=400)
+    assert datetime.now(UTC) > deadline  # never was waited for until then
+    federation.enrol("late", federation.invite("late", Cancer.KIPAN))
+    federation.serve("late", Cancer.KIPAN)
+    assert coordinator.wait(400) == INCOMPLETE, federation.logs()
+
+    log = (federation.folder / "server.log").read_text()
+    assert "describe/never (missing: invited, but did not enrol)" in log
+    assert "Too late for the other targets, which were not scored again: late (KIPAN)." in log
+    told = json.loads(
+        federation.run("server", "status", str(federation.study), "--json", code=INCOMPLETE)
+    )
+    assert told["state"] == "incomplete"
+    assert told["missing"] == {"never": "invited, but did not enrol"}
+    assert told["failed"] == {}
+    done = {site["site"]: (site["state"], site["done"], site["waiting"]) for site in told["sites"]}
+    assert done == {
+        "late": ("enrolled", 5, 0),
+        "never": ("invited", 0, 0),
+        "north": ("enrolled", 7, 0),  # two rounds of experts, and two of routers
+        "skin": ("enrolled", 5, 0),
+        "south": ("enrolled", 7, 0),
+    }
+    found = federation.results()
+    assert [row["row"] for row in found["failed"]] == ["describe/never"]
+    assert set(found["targets"]["KIPAN"]["arms"]) >= {"local", "zero_shot", "roupkt"}
+    assert set(found["targets"]["KIPAN"]["routing"]) == {"self", "SKCM", "UVM"}
+    assert set(found["transfer"]["UVM"]) == {"UVM", "SKCM"}  # the bank had no KIPAN
+    assert set(found["transfer"]["SKCM"]) == {"UVM", "SKCM"}
+    assert found["targets"]["UVM"]["sites"] == 2
+    _is_the_average_by_events(federation, "north", "south")
+
+
+def _is_the_average_by_events(federation: Any, *sites: str) -> None:
+    """Both hospitals end with one expert: what they gave in the last round, by their events."""
+    store = Store(federation.study)
+    rounds: list[list[ExpertReply]] = []
+    for number in (0, 1):
+        rounds.append([])
+        for site in sites:
+            (task,) = [t for t in store.tasks() if t.id == f"fit_expert/{site}/UVM/{number}"]
+            reply = store.reply(task)
+            assert isinstance(reply, ExpertReply)
+            rounds[-1].append(reply)
+    store.close()
+    first, last = rounds
+    assert not any(np.array_equal(a.weights, b.weights) for a, b in zip(first, last, strict=True))
+    total = sum(reply.events for reply in last)
+    average = sum(reply.events / total * reply.weights.astype(np.float64) for reply in last)
+    for site in sites:
+        with np.load(federation.state(site) / "UVM" / "experts.npz") as kept:
+            np.testing.assert_allclose(kept["weights"], average, rtol=0, atol=1e-6)
+
+
+@pytest.mark.timeout(900)
+def test_a_site_revoked_in_mid_task_costs_its_own_rows_only(federation: Any) -> None:
+    sites = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM, "kidney-clinic": Cancer.KIPAN}
+    for seed, (site, cancer) in enumerate(sites.items()):
+        federation.add_site(site, cancer, seed=seed)
+    _slow(federation, 500)
+    federation.init(min_sites=3)
+    coordinator, clients = federation.serve_all(sites, "--linger", "0")
+    row = "fit_expert/kidney-clinic/KIPAN/0"
+    state = federation.state("kidney-clinic")
+    federation.until(lambda: (told := read_status(state)) and told.task == "train.expert")
+    assert _states(federation, "fit_expert")[row] == "sent"
+    federation.run("server", "revoke", str(federation.study), "--site", "kidney-clinic")
+    federation.until(lambda: _states(federation, "fit_expert")[row] == "failed", seconds=10)
+    running = json.loads(
+        federation.run("server", "status", str(federation.study), "--json", code=3)
+    )
+    assert running["failed"] == {row: "revoked"}
+    federation.until(lambda: "revoked" in str(getattr(read_status(state), "error", "")))
+    assert clients["kidney-clinic"].poll() is None
+
+    assert coordinator.wait(400) == INCOMPLETE, federation.logs()
+    assert f"1 rows failed or are missing: {row} (revoked)" in federation.logs()
+    told = json.loads(
+        federation.run("server", "status", str(federation.study), "--json", code=INCOMPLETE)
+    )
+    assert told["state"] == "incomplete"
+    assert told["failed"] == {row: "revoked"}
+    assert told["missing"] == {}
+    seen = {site["site"]: (site["state"], site["online"], site["done"]) for site in told["sites"]}
+    assert seen == {
+        "eye-clinic": ("enrolled", False, 5),
+        "kidney-clinic": ("revoked", False, 1),
+        "skin-clinic": ("enrolled", False, 5),
+    }
+    found = federation.results()
+    assert found["failed"] == [{"row": row, "cause": "revoked"}]
+    assert set(found["transfer"]) == {"UVM", "SKCM"}
+    assert not list((federation.study / "replies").glob("fit_expert~kidney-clinic~*"))
