@@ -88,7 +88,12 @@ def join(invite: Invite, config: Path) -> list[str]:
     lines = [f"enrolled {enrolment.site} in {enrolment.study} for {cancers}; keys in {state}/keys"]
     if here is None:
         replace_file(config, _template(enrolment).encode())
-        return [*lines, f"wrote {config}: fill in outcomes and slides, then"]
+        named = " ".join(f"--cancer {cancer}" for cancer in enrolment.cancers)
+        return [
+            *lines,
+            f"wrote {config}: fill in outcomes and slides, decide what may leave, then",
+            f"cropkt-client --site {enrolment.site} {named} --config {config}",
+        ]
     extra = sorted(set(here.cancers) - set(enrolment.cancers))
     if extra:
         lines.append(f"take {' '.join(extra)} out of {config}: the invite is not for that")
@@ -152,10 +157,11 @@ release:
   cancers: [{cancers}]
   purposes: [research]
 
-  # An expert stays if membership is told too well from it: the upper end of the 95 % interval of
-  # the attack's AUROC, where .5 is a coin toss. A small cohort has a wide interval.
-  audit:
-    max_auroc_upper: 0.75
+  # DECIDE: whether an expert stays if membership is told too well from it: the upper end of the
+  # 95 % interval of the attack's AUROC (.5: a coin toss), which is wide for a small cohort.
+  # Without this, the figure is shown to who approves, and blocks nothing.
+  # audit:
+  #   max_auroc_upper: 0.75
 
   # Size of one answer.
   max_megabytes: 512

@@ -16,7 +16,6 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import uvicorn
@@ -24,17 +23,12 @@ from starlette.concurrency import run_in_threadpool
 
 from cropkt.errors import ConfigError
 from cropkt.files import disk_full
+from cropkt_server.asgi import App, Event, Receive, Scope, Send, Turn, Turns, in_pieces
 from cropkt_server.enrolment import Allowance, Enrolment, Nodes
 from cropkt_server.pki import Keys
 from cropkt_server.roster import EnrolmentRefusedError
 
 log = logging.getLogger("cropkt.server")
-
-Scope = MutableMapping[str, Any]
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Not register-node and unregister-node: nodes come and go with the roster only.
 FLEET_CALLS = (
@@ -52,7 +46,6 @@ FLEET_CALLS = (
 FLEET_BODY = 8 << 20  # bytes; Flower sends objects in pieces of at most 5 MiB
 OBJECT_CALLS = (b"/v1/fleet/push-object", b"/v1/fleet/pull-object")
 AT_WORK = 4  # such calls at work at once: each holds its object several times
-PIECE = 256 << 10  # bytes of an answer given to TLS at once; a connection keeps such a buffer
 ENROL_BODY = 16 << 10
 KEY_HEADER = b"flwr-public-key"  # base64 of the node key's PEM
 ENROL_ATTEMPTS = (10, 60.0)  # in so many seconds, from one address
@@ -72,7 +65,7 @@ class PublicDoor:
         self._attempts = Allowance(*ENROL_ATTEMPTS)
         self._log_lines = Allowance(1, 60.0)
         self._heard: dict[str, float] = {}
-        self._at_work = asyncio.Semaphore(AT_WORK)
+        self._turns = Turns(AT_WORK)
         self._routes: dict[tuple[str, bytes], App] = {
             ("GET", b"/health"): self._health,
             ("GET", b"/v1/cropkt/ca"): self._certificate,
@@ -143,7 +136,7 @@ class PublicDoor:
             return
         site = found[0]
         await self._heard_of(site)
-        size, turn = 0, _Turn(self._at_work)
+        size, turn = 0, Turn(self._turns)
 
         async def limited() -> Event:
             """Pass the body on, but not beyond the limit, and not once the site is revoked."""
@@ -160,7 +153,7 @@ class PublicDoor:
 
         async def answering(event: Event) -> None:
             turn.end()
-            await _in_pieces(send, event)
+            await in_pieces(send, event)
 
         try:
             await self._fleet(scope, limited, answering)
@@ -178,36 +171,6 @@ class PublicDoor:
         line = f"refused {_address(scope)}: {what}"
         if self._log_lines.take(line):
             log.warning("%s", line)
-
-
-class _Turn:
-    """One call's turn to be at work: from when its request is there until its answer begins."""
-
-    def __init__(self, at_work: asyncio.Semaphore) -> None:
-        self._at_work, self._mine = at_work, False
-
-    async def begin(self, last: Event, receive: Receive) -> Event:
-        """Return the last event of a request when its turn has come, or that its caller has left.
-
-        A caller that has waited too long asks again, and work for nobody would make others leave.
-        """
-        turn = asyncio.ensure_future(self._at_work.acquire())
-        await asyncio.sleep(0)
-        while not turn.done():
-            gone = asyncio.ensure_future(receive())
-            await asyncio.wait((turn, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not turn.done() and gone.result()["type"] == "http.disconnect":
-                turn.cancel()
-                return gone.result()
-            gone.cancel()
-        self._mine = True
-        return last
-
-    def end(self) -> None:
-        """Let the next one begin."""
-        if self._mine:
-            self._mine = False
-            self._at_work.release()
 
 
 class Listener:
@@ -325,17 +288,6 @@ async def _body(receive: Receive, limit: int) -> bytes | None:
             return None
         more = event.get("more_body", False)
     return content
-
-
-async def _in_pieces(send: Send, event: Event) -> None:
-    """Send an event of an answer, a long body piece by piece, each when the last is under way."""
-    body, more = event.get("body", b""), event.get("more_body", False)
-    if len(body) <= PIECE:
-        await send(event)
-        return
-    for start in range(0, len(body), PIECE):
-        end = start + PIECE
-        await send({**event, "body": body[start:end], "more_body": more or end < len(body)})
 
 
 async def _json(send: Send, status: int, values: dict[str, Any]) -> None:

@@ -89,10 +89,11 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from cropkt.bundle import VERSION, bundle, bundle_hash
 from cropkt.errors import ConfigError
 from cropkt.files import disk_full, make_private
+from cropkt_server.asgi import App
 from cropkt_server.bank import Bank
 from cropkt_server.enrolment import Enrolment
 from cropkt_server.pki import Keys, check_certificate
-from cropkt_server.public import App, Listener, PublicDoor
+from cropkt_server.public import Listener, PublicDoor
 from cropkt_server.roster import Roster
 from cropkt_server.under_way import UnderWay
 

@@ -134,6 +134,10 @@ def _environment() -> Iterator[None]:
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="cropkt-flower-") as home:
         os.environ.update(_ENVIRONMENT, FLWR_HOME=home)
+        if not os.environ.get("RAY_ADDRESS"):
+            # Elsewhere the default: Ray then listens on loopback only. It asks nobody who comes
+            # for a password, and whoever comes may run code.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         try:
             yield
         finally:

@@ -228,7 +228,7 @@ def _ray(workers: int) -> Iterator[None]:
         "log_to_driver": True,
         "logging_level": logging.ERROR,
     }
-    with _ray_folder() as folder, no_process_left():
+    with _ray_folder() as folder, no_process_left(), _no_dashboard():
         if not os.environ.get("RAY_ADDRESS"):
             # "local": with no address, Ray would join any cluster that it finds on this machine.
             arguments |= {"address": "local", "include_dashboard": False, "num_cpus": workers}
@@ -241,6 +241,27 @@ def _ray(workers: int) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _no_dashboard() -> Iterator[None]:
+    """Keep Ray from starting its dashboard.
+
+    What is left of it without its pages asks the metadata services of three clouds where it runs,
+    one of them by a name that the DNS has to look up, before it sees that it must report nothing.
+    """
+    from ray._private.node import Node
+
+    start = Node.start_api_server
+
+    def nothing(self: Node, *, include_dashboard: bool, raise_on_failure: bool) -> None:
+        """Start nothing; takes what the real one takes."""
+
+    Node.start_api_server = nothing
+    try:
+        yield
+    finally:
+        Node.start_api_server = start
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def begin(federation: Any, relay: Any, tap: Path, sites: dict[str, Cancer]) -> A
     invites = {site: federation.invite(site, cancer) for site, cancer in sites.items()}
     with (federation.folder / "server.log").open("a") as log:
         command = [sys.executable, str(TAPPED), str(tap), "start", str(federation.study)]
-        process = subprocess.Popen([*command, "--linger", "30"], stdout=log, stderr=log, text=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, text=True)
     federation.processes.append(process)
     for site, invite in invites.items():
         federation.enrol(site, invite)

@@ -226,6 +226,9 @@ def test_twenty_kills_cost_nothing_but_time(federation: Any, tmp_path: Path) -> 
     sys.stderr.write(f"undisturbed: {took:.0f} s\n")
 
     killer = Killer(federation, *federation.serve_all(SITES), over=took)
+    federation.until(
+        lambda: sum(task.state == "done" for task in federation.tasks()) >= len(SITES), seconds=400
+    )
     killer.run()
     while killer.coordinator.poll() is None:
         killer.watch()

@@ -12,9 +12,10 @@ import pytest
 
 from cropkt.cancers import Cancer
 from cropkt_client.enrol import Keys as SiteKeys
+from cropkt_server.asgi import PIECE
 from cropkt_server.enrolment import Enrolment, pem_of
 from cropkt_server.pki import Keys, make_keys
-from cropkt_server.public import AT_WORK, PIECE, PublicDoor
+from cropkt_server.public import AT_WORK, PublicDoor
 from cropkt_server.roster import Roster
 
 Ask = Callable[[Any], Awaitable[list[dict[str, Any]]]]
@@ -99,7 +100,8 @@ def site(*, leaves: asyncio.Event | None = None) -> Callable[[], Awaitable[dict[
 
 async def settled() -> None:
     """Let everything go on until it waits."""
-    await asyncio.sleep(0.3)
+    for _ in range(50):
+        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE, PIECE + 1, 2 * PIECE, 2 * PIECE + 7])
@@ -130,6 +132,31 @@ def test_few_calls_are_at_work_at_once_and_all_are_answered(door: Any) -> None:
         answers = await asyncio.gather(*calls)
         assert all(answer[-1]["body"] == b"answer" for answer in answers)
         assert fleet.most == AT_WORK
+
+    asyncio.run(go())
+
+
+def test_who_came_last_goes_first(door: Any) -> None:
+    """Under more than it can do, the first has left when its turn comes, and asks again."""
+
+    async def go() -> None:
+        fleet, ends = Fleet(), list[int]()
+        ask = door(fleet)
+
+        async def named(number: int) -> None:
+            await ask(site())
+            ends.append(number)
+
+        at_work = [asyncio.ensure_future(ask(site())) for _ in range(AT_WORK)]
+        await settled()
+        waiting = []
+        for number in range(3 * AT_WORK):
+            waiting.append(asyncio.ensure_future(named(number)))
+            await settled()
+        fleet.may.set()
+        await asyncio.gather(*at_work, *waiting)
+        assert min(ends[:AT_WORK]) == 2 * AT_WORK
+        assert max(ends[-AT_WORK:]) == AT_WORK - 1
 
     asyncio.run(go())
 
