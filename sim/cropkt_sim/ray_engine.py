@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
+from unittest.mock import patch
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -252,16 +253,11 @@ def _no_dashboard() -> Iterator[None]:
     """
     from ray._private.node import Node
 
-    start = Node.start_api_server
-
     def nothing(self: Node, *, include_dashboard: bool, raise_on_failure: bool) -> None:
         """Start nothing; takes what the real one takes."""
 
-    Node.start_api_server = nothing
-    try:
+    with patch.object(Node, "start_api_server", nothing):
         yield
-    finally:
-        Node.start_api_server = start
 
 
 @contextlib.contextmanager
