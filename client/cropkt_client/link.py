@@ -26,7 +26,7 @@ from cropkt.cancers import Cancer
 from cropkt.errors import CropktError, RefusedError, UnavailableError, VersionMismatchError
 from cropkt.experts.card import PublicKey, Sha256
 from cropkt.invite import Invite
-from cropkt.messages import MAX_ITEMS, PROTOCOL, Finite, SiteName, Version
+from cropkt.messages import MAX_ITEMS, PROTOCOL, SiteName, Version
 
 MAX_SKEW = 300.0  # seconds; requests are signed with the coordinator's time, but logs are not
 NEW_INVITE = "Ask the coordinator for a new invite"
@@ -49,7 +49,7 @@ class Hello:
     protocol: Annotated[int, Field(ge=0, le=10_000)]
     flwr: Version
     bundle: Sha256
-    time: Finite  # unix seconds
+    time: Annotated[float, Field(ge=0, le=1e11)]  # unix seconds
     closed: bool = False  # the study is over
     revoked: tuple[Sha256, ...] = ()  # experts that are not to be used any more
 
