@@ -34,10 +34,10 @@ def test_experts_for_every_site_cross_in_bounded_memory_and_little_more_than_the
     found = measured(tmp_path, "bank", "--sites", "12")
     experts = 12 * (1 + 11 + 11) * 4.8  # each gives one, and receives the others twice
     assert experts < found["weights, MB"] < found["wire, MB"] < 1.1 * found["weights, MB"]
-    assert found["peak memory, MB"] < 1000
+    assert found["peak memory, MB"] < 1500
 
 
 def test_many_sites_that_share_cancers_are_all_served(tmp_path: Path) -> None:
     found = measured(tmp_path, "load", "--sites", "24", "--cancers", "6")
-    assert found["peak memory, MB"] < 700
+    assert found["peak memory, MB"] < 1000
     assert {len(found[f"{kind}, latency, s"]) for kind in ("describe", "evaluate")} == {2}
