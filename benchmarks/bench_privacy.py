@@ -44,7 +44,7 @@ from cropkt_sim.presets import study_for
 from cropkt_sim.sites import prepare
 
 EPSILONS = (1.0, 3.0, 8.0, 16.0, None)
-CANCERS = {"clinical": "BRCA,KIPAN,LUNG,HNSC,SKCM", "synthetic": "BRCA,LUNG,HNSC,SKCM"}
+CANCERS = {"clinical": "KIPAN,LUNG,HNSC", "synthetic": "LUNG,HNSC,SKCM"}
 ARMS = ("local", "zero-shot", "routed")
 DELTA = 1e-5
 
