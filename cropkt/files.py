@@ -56,6 +56,11 @@ def make_private(path: Path) -> None:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner may read, whole or not at all."""
+    write_atomically(path, lambda file: file.write(content))
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file that others may read, whole or not at all."""
     write_atomically(path, lambda file: file.write(content), mode=0o644)

@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cropkt.cancers import Cancer
+from cropkt.database import opened, transaction
 from cropkt.errors import BudgetError, ConfigError
 from cropkt.experts.accountant import Mechanism, epsilon_of
-from cropkt.files import make_private
 from cropkt_client.settings import Privacy, read_settings
 
 NAME = "budget.sqlite"
-SCHEMA = 1
 _PATIENCE = 600.0  # seconds to wait for another process, which computes an epsilon meanwhile
 _TABLE = """
 CREATE TABLE payment (
@@ -83,8 +82,7 @@ class Budget:
         """
         delta = self._privacy.delta
         alone = epsilon_of([mechanism], delta=delta)
-        with self._open() as database:
-            database.execute("BEGIN IMMEDIATE")
+        with self._open() as database, transaction(database):
             history = self._history(database, cancer)
             total = epsilon_of([*history, mechanism], delta=delta)
             if total > self._privacy.epsilon:
@@ -104,7 +102,6 @@ class Budget:
                     *(delta, alone, total),
                 ),
             )
-            database.execute("COMMIT")
             number = added.lastrowid
         return Payment(
             number=number or 0, mechanism=mechanism, delta=delta, epsilon=alone, total=total
@@ -167,14 +164,9 @@ class Budget:
     def _open(self) -> Iterator[sqlite3.Connection]:
         """Open the file; what is not committed at the end is undone."""
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Made here first: SQLite would make it readable for others.
-        make_private(self._path)
         try:
-            with contextlib.closing(
-                sqlite3.connect(self._path, timeout=_PATIENCE, isolation_level=None)
-            ) as database:
-                database.execute("PRAGMA synchronous = FULL")
-                self._create(database)
+            database = opened(self._path, (_TABLE,), wait=_PATIENCE, wal=False)
+            with contextlib.closing(database):
                 yield database
         except sqlite3.DatabaseError as error:
             raise ConfigError(
@@ -182,21 +174,6 @@ class Budget:
                 f"cannot be read ({type(error).__name__}), so nothing can be spent",
                 "Put the latest copy of it back; without it what was spent is not known",
             ) from None
-
-    def _create(self, database: sqlite3.Connection) -> None:
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA:
-            raise ConfigError(
-                self._path,
-                f"has schema {version}, this cropkt knows {SCHEMA}",
-                "Use the cropkt that wrote it, or a newer one",
-            )
-        if version == 0:
-            database.execute("BEGIN IMMEDIATE")
-            if database.execute("PRAGMA user_version").fetchone() == (0,):
-                database.execute(_TABLE)
-                database.execute(f"PRAGMA user_version = {SCHEMA}")
-            database.execute("COMMIT")
 
 
 def spent_on(config: Path) -> Callable[[Cancer], float | None]:

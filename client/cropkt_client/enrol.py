@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cropkt.errors import ConfigError
-from cropkt.files import replace_file, write_atomically
+from cropkt.files import replace_file, write_private
 from cropkt.invite import Invite
 from cropkt_client.link import NEW_INVITE, Accepted, Coordinator, check_versions
 from cropkt_client.settings import read_settings
@@ -216,7 +216,7 @@ def _key(path: Path, make: Callable[[], Any]) -> Any:
         content = make().private_bytes(
             ser.Encoding.PEM, ser.PrivateFormat.OpenSSH, ser.NoEncryption()
         )
-        write_atomically(path, lambda file: file.write(content), mode=0o600)
+        write_private(path, content)
     try:
         return ser.load_ssh_private_key(path.read_bytes(), password=None)
     except ValueError:

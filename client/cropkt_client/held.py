@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from cropkt.cancers import Cancer
 from cropkt.config import Purpose
 from cropkt.errors import ConfigError, UsageError
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 from cropkt.messages import REPLIES, Message, TaskId, load, save
 from cropkt_client.settings import Asked
 
@@ -117,7 +117,7 @@ class Shelf:
 
     def _write(self, held: Held) -> None:
         text = json.dumps(asdict(held), indent=1, sort_keys=True) + "\n"
-        write_atomically(self._file(held, "json"), lambda file: file.write(text.encode()))
+        write_private(self._file(held, "json"), text.encode())
 
     def _file(self, held: Held, kind: str) -> Path:
         return self._folder / f"{held.id}.{kind}"

@@ -26,8 +26,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from cropkt.database import transaction
 from cropkt.errors import ConfigError
-from cropkt.files import make_private, write_atomically
+from cropkt.files import make_private, write_private
 from cropkt_client.enrol import Enrolment, Keys
 
 TABLE_NAME, HEAD_NAME = "ledger.sqlite", "ledger.head"
@@ -181,20 +182,15 @@ class Ledger:
         key = Keys.of(self._state).signing
         signed = base64.b64encode(key.sign(_head_text(rows, digest))).decode()
         text = json.dumps({"rows": rows, "hash": digest, "signature": signed}) + "\n"
-        write_atomically(self._head, lambda file: file.write(text.encode()))
+        write_private(self._head, text.encode())
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """Hold the table; what the block did is on disk after it, or undone."""
         with self._reading() as database:
             database.execute("PRAGMA synchronous = EXTRA")
-            database.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(database):
                 yield database
-            except BaseException:
-                database.execute("ROLLBACK")
-                raise
-            database.execute("COMMIT")
 
     def _found(self, query: str, *values: str | int) -> list[tuple[Any, ...]]:
         if not self._table.exists():

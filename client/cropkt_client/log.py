@@ -20,7 +20,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO
 
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 
 LOG_NAME, STATUS_NAME = "cropkt-client.log", "status.json"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -94,7 +94,7 @@ class Status:
     def _write(self) -> None:
         text = json.dumps(asdict(self._state), indent=1, sort_keys=True) + "\n"
         try:
-            write_atomically(self._path, lambda file: file.write(text.encode()))
+            write_private(self._path, text.encode())
         except OSError as error:  # a full disk must not end the service
             log.warning("%s cannot be written: %s", self._path, error.strerror)
 

@@ -22,7 +22,7 @@ from cropkt.cohort.bags import Cohort
 from cropkt.config import StudyConfig
 from cropkt.errors import ConfigError, RefusedError
 from cropkt.experts.abmil import Abmil, flatten
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 from cropkt.messages import (
     ArmScore,
     ExpertRequest,
@@ -140,7 +140,7 @@ def kept_here(reply: ReleaseReply, site: Site) -> ReleaseReply:
     """Write what a site found into `<state>/<cancer>/release.json`; return what may leave."""
     text, _ = pack(reply)
     path = site.state / reply.cancer / "release.json"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_private(path, text.encode())
     return replace(
         reply,
         arms={arm: ArmScore() for arm in reply.arms},

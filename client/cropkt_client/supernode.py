@@ -18,7 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from cropkt.errors import ConfigError
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 from cropkt_client.worker import Child, wear_leash
 
 FIRST_WAIT = 2.0  # seconds between starts, doubled each time ...
@@ -55,7 +55,7 @@ class SuperNode:
         self._node_config = " ".join(f"{key}={_quoted(v)}" for key, v in node_config.items())
         self.secret = secrets.token_bytes(32)
         self._secret_file = state / "flower" / "executor.secret"
-        write_atomically(self._secret_file, lambda file: file.write(self.secret), mode=0o600)
+        write_private(self._secret_file, self.secret)
         self._child: Child | None = None
         self._address: str | None = None
         self._started = self._due = 0.0

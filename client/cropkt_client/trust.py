@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from cropkt.config import SiteName
 from cropkt.errors import ConfigError, RevokedExpertError, UnknownSignerError
 from cropkt.experts.card import Card, PublicKey, Sha256, fingerprint, name_of
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 from cropkt_client.enrol import Enrolment, Keys
 from cropkt_client.settings import SiteConfig
 
@@ -138,4 +138,4 @@ def _read(path: Path, kind: type[_Kept], nothing: _Kept) -> _Kept:
 
 def _keep(path: Path, value: object) -> None:
     text = json.dumps(value, indent=1, sort_keys=True) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_private(path, text.encode())

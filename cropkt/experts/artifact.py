@@ -45,7 +45,7 @@ from cropkt.experts.card import (
     sign,
     verified,
 )
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 
 MAX_FILE = 1 << 29  # bytes
 MAX_HEADER = 1 << 16  # bytes
@@ -87,7 +87,7 @@ class Artifact:
         about = {"card": canonical(self.card).decode(), "signature": self.signature}
         content = safetensors.numpy.save(tensors, metadata=about)
         path = folder / self.file_name
-        write_atomically(path, lambda file: file.write(content))
+        write_private(path, content)
         return path
 
 

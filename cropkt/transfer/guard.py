@@ -161,8 +161,9 @@ def _best(
     best: tuple[Candidate, float, float] | None = None
     for name, risk in shown.items():
         lead, error = (0.0, np.inf) if not pairs.count else paired_difference(pairs, risk, local)
-        precision = GAIN_SPREAD**-2 + max(error, LEAST_ERROR) ** -2
-        gain = (GAIN * GAIN_SPREAD**-2 + lead * max(error, LEAST_ERROR) ** -2) / precision
+        before, shown_by = GAIN_SPREAD**-2, max(error, LEAST_ERROR) ** -2  # precisions
+        precision = before + shown_by
+        gain = (GAIN * before + lead * shown_by) / precision
         share = max(0.0, 2 * float(norm.cdf(gain * sqrt(precision))) - 1)
         if best is None or gain > best[2]:
             best = (name, share, gain)

@@ -9,21 +9,20 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cropkt.cancers import Cancer
-from cropkt.errors import ConfigError, UsageError
+from cropkt.database import opened, transaction
+from cropkt.errors import UsageError
 from cropkt.experts.card import Card, read_card
-from cropkt.files import make_private
 from cropkt.messages import Signed
 
-SCHEMA = 1
 SHORTEST = 8  # characters of a hash that name an expert
 
-_TABLES = """
+_SCHEMAS = (
+    """
 CREATE TABLE expert (
     hash TEXT PRIMARY KEY,
     task TEXT NOT NULL,
@@ -38,7 +37,8 @@ CREATE TABLE used (
     hash TEXT NOT NULL,
     PRIMARY KEY (task, place)
 );
-"""
+""",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +59,8 @@ class Bank:
     """The experts of one study folder; may be used from several threads."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._lock = folder / "bank.sqlite", threading.RLock()
-        # Made here first: SQLite would make it readable for others.
-        make_private(self._path)
-        self._db = sqlite3.connect(
-            self._path, isolation_level=None, check_same_thread=False, timeout=10
-        )
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        with self._transaction() as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA:
-                problem = f"has schema {version}, this cropkt knows {SCHEMA}"
-                raise ConfigError(self._path, problem, "Use the cropkt that wrote it, or a newer")
-            if version == 0:
-                for statement in filter(str.strip, _TABLES.split(";")):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {SCHEMA}")
+        self._lock = threading.RLock()
+        self._db = opened(folder / "bank.sqlite", _SCHEMAS, wait=10)
 
     def close(self) -> None:
         """Close the database."""
@@ -85,7 +70,7 @@ class Bank:
     def add(self, signed: Signed, *, task: str = "") -> None:
         """Take an expert in; one that was made from a revoked one is revoked."""
         parents = read_card(signed.card).parents
-        with self._transaction() as db:
+        with self._lock, transaction(self._db) as db:
             revoked_at = None if self._revoked(db).isdisjoint(parents) else time.time()
             db.execute(
                 "INSERT OR IGNORE INTO expert VALUES (?, ?, ?, ?, ?)",
@@ -111,7 +96,7 @@ class Bank:
         Raises:
             UsageError: no expert has such a hash, or several have.
         """
-        with self._transaction() as db:
+        with self._lock, transaction(self._db) as db:
             experts = self._experts(db)
             found = [e for e in experts if e.signed.hash.startswith(beginning)]
             if len(found) != 1 or len(beginning) < SHORTEST:
@@ -131,7 +116,7 @@ class Bank:
 
     def use(self, task: str, experts: Mapping[Cancer, str]) -> None:
         """Note which experts a row is asked about, in their order."""
-        with self._transaction() as db:
+        with self._lock, transaction(self._db) as db:
             db.execute("DELETE FROM used WHERE task = ?", (task,))
             db.executemany(
                 "INSERT INTO used VALUES (?, ?, ?, ?)",
@@ -167,14 +152,3 @@ class Bank:
     def _revoked(db: sqlite3.Connection) -> frozenset[str]:
         rows = db.execute("SELECT hash FROM expert WHERE revoked_at IS NOT NULL")
         return frozenset(hash_ for (hash_,) in rows)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")

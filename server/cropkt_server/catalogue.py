@@ -90,8 +90,8 @@ def in_words(experts: Iterable[ExpertStatus]) -> Iterator[str]:
 
 def revoked_in_words(bank: Bank, gone: list[Banked]) -> Iterator[str]:
     """Yield what `revoke` did: the expert, what was made from it, and who used any of them."""
-    for expert, how in zip(gone, ["revoked", *["and, made from it,"] * len(gone)], strict=False):
-        card = expert.card
+    for number, expert in enumerate(gone):
+        card, how = expert.card, "and, made from it," if number else "revoked"
         yield f"{how} {expert.signed.hash[:_SHOWN]} {card.cancer} of {card.site or 'several sites'}"
     used = routers(bank, gone)
     for name in used:

@@ -60,7 +60,7 @@ def init(
     from pydantic import TypeAdapter, ValidationError
 
     from cropkt.errors import ConfigError, UsageError
-    from cropkt.files import write_atomically
+    from cropkt.files import write_private
     from cropkt_server.pki import Keys, make_keys
     from cropkt_server.roster import Roster
     from cropkt_server.settings import Settings
@@ -85,7 +85,7 @@ def init(
         make_keys(Keys.of(folder), [_hostname(host)], study=settings.name)
         Roster(folder).close()
         Store(folder).close()
-        write_atomically(folder / "study.yaml", lambda file: file.write(text.encode()))
+        write_private(folder / "study.yaml", text.encode())
         typer.echo(f"made study {study} in {folder}: look through {folder / 'study.yaml'}, then")
         typer.echo(f"cropkt-server invite {folder} --site NAME --cancer CODE")
 

@@ -51,7 +51,7 @@ LOST = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnderWay:
+class Sent:
     """A message that was sent: to which node, for which row, how large."""
 
     node: int
@@ -65,7 +65,7 @@ class Dispatcher:
     def __init__(self, grid: Grid, study: Study, membership: Membership, *, poll: float) -> None:
         self._grid, self._study, self._membership, self._poll = grid, study, membership, poll
         self._asked: set[int] = set()
-        self._under_way: dict[str, UnderWay] = {}
+        self._under_way: dict[str, Sent] = {}
         self._began = time.monotonic()
         self._seen: dict[str, float] = {}
         self._asked_again: dict[str, float] = {}  # held rows
@@ -146,7 +146,7 @@ class Dispatcher:
             for record in content.array_records.values()
             for array in record.values()
         )
-        self._under_way[message_id] = UnderWay(node=node, task=task, size=size)
+        self._under_way[message_id] = Sent(node=node, task=task, size=size)
         return True
 
     def _pull(self) -> bool:

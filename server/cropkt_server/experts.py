@@ -30,7 +30,7 @@ from cropkt.experts.card import (
 )
 from cropkt.experts.training import cross_fitted
 from cropkt.messages import ExpertReply, ExpertRequest, Message, Signed, Weights
-from cropkt_server.findings import Findings
+from cropkt_server.findings import Findings, total
 from cropkt_server.pki import Keys
 from cropkt_server.store import Task
 
@@ -152,8 +152,8 @@ def _joint(cards: Sequence[Card], parents: tuple[str, ...], average: Weights, si
         cancer=one.cancer,
         site=None,
         round=one.round,
-        patients=_sum([card.patients for card in cards]),
-        events=_sum([card.events for card in cards]),
+        patients=total([card.patients for card in cards]),
+        events=total([card.events for card in cards]),
         endpoint=one.endpoint,
         encoder=one.encoder,
         shape=one.shape,
@@ -169,8 +169,3 @@ def _joint(cards: Sequence[Card], parents: tuple[str, ...], average: Weights, si
         created=max(card.created for card in cards),
         signer=signer,
     )
-
-
-def _sum(counts: Sequence[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None

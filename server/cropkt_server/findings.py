@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -157,3 +157,15 @@ class Findings:
     def _final_round(self, task: Task) -> int:
         rounds = task.kind in ("fit_expert", "fit_router") and task.cancer is not None
         return self.last_round(task.cancer) if rounds and task.cancer else 0
+
+
+def total(counts: Sequence[int | None]) -> int | None:
+    """Return the sum of what sites count; None if one of them tells no count."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def shares(counts: Sequence[float]) -> list[float]:
+    """Return counts as shares of their sum; equal ones if all are 0."""
+    whole = float(sum(counts))
+    return [count / whole if whole else 1 / len(counts) for count in counts]

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cropkt.errors import ConfigError
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 
 CA_DAYS = 3650
 SERVER_DAYS = 825  # the longest that common TLS stacks accept
@@ -270,7 +270,7 @@ def _private_pem(key: _PrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda file: file.write(content))
+    write_private(path, content)
 
 
 def _certificate(path: Path) -> x509.Certificate:

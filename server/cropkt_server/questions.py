@@ -25,7 +25,7 @@ from cropkt.messages import (
     Weights,
 )
 from cropkt_server.experts import Experts
-from cropkt_server.findings import Findings
+from cropkt_server.findings import Findings, shares
 from cropkt_server.store import Kind, Task
 
 ANSWERS: dict[Kind, type[Message]] = {
@@ -164,10 +164,8 @@ class Questions:
         tasks = [Task(kind=kind, site=site, cancer=cancer, round=number) for site in sites]
         if len(tasks) == 1:  # sent on under its own signature, so to the bit
             return self._models(tasks[0])[0]
-        weight = np.array([float(self._models(task)[1]) for task in tasks])
-        weight = weight / weight.sum() if weight.sum() else np.full(len(tasks), 1 / len(tasks))
         total = np.zeros(0)
-        for share, task in zip(weight, tasks, strict=True):
+        for share, task in zip(shares([self._models(t)[1] for t in tasks]), tasks, strict=True):
             rows, _ = self._models(task)
             total = total if total.size else np.zeros(rows.shape)
             for sum_of_row, row in zip(total, rows, strict=True):

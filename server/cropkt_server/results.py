@@ -13,6 +13,7 @@ import numpy as np
 from cropkt.cancers import Cancer
 from cropkt.messages import ArmScore, ReleaseReply, Score, TransferReply
 from cropkt.report.schema import ArmResult, FailedRow, Results, TargetResult, TransferScore
+from cropkt_server.findings import shares, total
 from cropkt_server.store import Task
 from cropkt_server.study import Study
 
@@ -59,8 +60,8 @@ def _target(study: Study, cancer: Cancer, sites: Sequence[str]) -> TargetResult:
         if count.cancer == cancer
     ]
     target: TargetResult = {
-        "patients": _sum([count.patients for count in counts]),
-        "events": _sum([count.events for count in counts]),
+        "patients": total([count.patients for count in counts]),
+        "events": total([count.events for count in counts]),
         "sites": len(sites),
         "arms": {},
     }
@@ -70,7 +71,7 @@ def _target(study: Study, cancer: Cancer, sites: Sequence[str]) -> TargetResult:
     for arm in _ARMS:
         scores = [reply.arms[arm] for reply in replies if arm in reply.arms]
         target["arms"][arm] = _together(scores, replies[0].events, replies[0].reason)
-    weight = _share([reply.events or 0 for reply in replies])
+    weight = shares([reply.events or 0 for reply in replies])
     routing: dict[str, float] = {}
     choice: Counter[str] = Counter()
     for share, reply in zip(weight, replies, strict=True):
@@ -103,7 +104,7 @@ def _together(scores: Sequence[ArmScore], events: int | None, reason: str) -> Ar
             "gain_low": only.gain_low,
             "gain_high": only.gain_high,
         }
-    weight = _share([score.pairs for score in known])
+    weight = shares([score.pairs for score in known])
     c_index = float(sum(w * (s.c_index or 0.0) for w, s in zip(weight, known, strict=True)))
     se = sqrt(sum((w * (s.se or 0.0)) ** 2 for w, s in zip(weight, known, strict=True)))
     joint: ArmResult = {
@@ -141,7 +142,7 @@ def _mean_score(scores: Sequence[tuple[Score, int]]) -> TransferScore:
     known = [(s.c_index, s.se or 0.0, n) for s, n in scores if s.c_index is not None]
     if not known:
         return {"c_index": None}
-    weight = _share([n for _, _, n in known])
+    weight = shares([n for _, _, n in known])
     return {
         "c_index": float(sum(w * c for w, (c, _, _) in zip(weight, known, strict=True))),
         "se": sqrt(sum((w * e) ** 2 for w, (_, e, _) in zip(weight, known, strict=True))),
@@ -163,15 +164,3 @@ def _best_source(study: Study, cancer: Cancer) -> str | None:
 def _events(study: Study, task: Task) -> int:
     counts = study.descriptions()[task.site].cohorts
     return next(count.events or 0 for count in counts if count.cancer == task.cancer)
-
-
-def _sum(counts: Sequence[int | None]) -> int | None:
-    """Return the sum over the sites; None if one of them tells no count."""
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
-
-
-def _share(counts: Sequence[float]) -> list[float]:
-    """Return counts as shares of their sum; equal ones if all are 0."""
-    total = float(sum(counts))
-    return [count / total if total else 1 / len(counts) for count in counts]

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cropkt.cancers import Cancer
-from cropkt.errors import ConfigError, CropktError, UsageError
-from cropkt.files import make_private
+from cropkt.database import opened, transaction
+from cropkt.errors import CropktError, UsageError
 
 Refusal = Literal[
     "used", "expired", "unknown", "altered", "revoked", "version", "malformed", "site", "later"
@@ -95,15 +93,8 @@ class Roster:
     """Invitations and sites of one study folder; may be used from several threads."""
 
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self._path, self._clock, self._lock = folder / "roster.sqlite", clock, threading.RLock()
-        # Made here first: SQLite would make it readable for others.
-        make_private(self._path)
-        self._db = sqlite3.connect(
-            self._path, isolation_level=None, check_same_thread=False, timeout=10
-        )
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._migrate()
+        self._clock, self._lock = clock, threading.RLock()
+        self._db = opened(folder / "roster.sqlite", _MIGRATIONS, wait=10)
 
     def close(self) -> None:
         """Close the database."""
@@ -123,7 +114,7 @@ class Roster:
         if expires <= self._clock():
             raise UsageError("invite", "would have expired already", "Give a longer --expires")
         token, now = secrets.token_urlsafe(32), self._clock()
-        with self._transaction() as db:
+        with self._lock, transaction(self._db) as db:
             db.execute(
                 "UPDATE invite SET revoked_at = ? "
                 "WHERE site = ? AND used_at IS NULL AND revoked_at IS NULL",
@@ -165,7 +156,7 @@ class Roster:
             EnrolmentRefusedError: with the reason.
         """
         digest, now = _digest(token), self._clock()
-        with self._transaction() as db:
+        with self._lock, transaction(self._db) as db:
             # Looked up by hash: how long that takes tells nothing about any token.
             row = db.execute(
                 "SELECT site, cancers, expires, used_at, revoked_at FROM invite "
@@ -218,7 +209,7 @@ class Roster:
         Raises:
             UsageError: nobody of that name was ever invited.
         """
-        with self._transaction() as db:
+        with self._lock, transaction(self._db) as db:
             known = db.execute("SELECT 1 FROM invite WHERE site = ?", (site,)).fetchone()
             if known is None:
                 raise UsageError("--site", f"{site} is not in the roster", "See roster")
@@ -268,12 +259,12 @@ class Roster:
 
     def seen(self, site: str) -> None:
         """The site has just been heard of."""
-        with self._transaction() as db:
+        with self._lock, transaction(self._db) as db:
             db.execute("UPDATE site SET last_seen = ? WHERE name = ?", (self._clock(), site))
 
     def moved(self, site: str, node_id: int) -> None:
         """The site's node has another id: Flower's database was lost and made anew."""
-        with self._transaction() as db:
+        with self._lock, transaction(self._db) as db:
             db.execute("UPDATE site SET node_id = ? WHERE name = ?", (str(node_id), site))
 
     def _site(self, name: str) -> EnrolledSite | None:
@@ -284,31 +275,6 @@ class Roster:
         with self._lock:
             row = self._db.execute(f"SELECT name FROM site WHERE {condition}", (value,)).fetchone()
         return None if row is None else str(row[0])
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-
-    def _migrate(self) -> None:
-        with self._transaction() as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version > len(_MIGRATIONS):
-                raise ConfigError(
-                    self._path,
-                    f"has schema {version}, this cropkt knows {len(_MIGRATIONS)}",
-                    "Use the cropkt that wrote it, or a newer one",
-                )
-            for step in _MIGRATIONS[version:]:
-                for statement in filter(str.strip, step.split(";")):
-                    db.execute(statement)
-            db.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
 
 
 _KEY_KNOWN: tuple[Refusal, str] = ("site", "This node key was used before: make new keys.")

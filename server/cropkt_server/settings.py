@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from cropkt.config import StudyConfig, read_yaml
 from cropkt.errors import UsageError
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 from cropkt.invite import Host
 from cropkt.messages import SiteName
 
@@ -81,4 +81,4 @@ def load_settings(folder: Path) -> Settings:
 def save_settings(settings: Settings, folder: Path) -> None:
     """Write `study.yaml`."""
     text = yaml.safe_dump(TypeAdapter(Settings).dump_python(settings, mode="json"), sort_keys=False)
-    write_atomically(folder / "study.yaml", lambda file: file.write(text.encode()))
+    write_private(folder / "study.yaml", text.encode())

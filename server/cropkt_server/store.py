@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Literal
 
 from cropkt.cancers import Cancer
-from cropkt.errors import ConfigError
-from cropkt.files import make_private
+from cropkt.database import opened, transaction
 from cropkt.messages import REPLIES, Message, load, pack, save
 from cropkt_server.bank import Bank
 
 Kind = Literal["describe", "fit_expert", "score_sources", "fit_router", "evaluate"]
 State = Literal["due", "sent", "held", "done", "failed"]  # held: waits for approval at the site
 OPEN: tuple[State, ...] = ("due", "sent", "held")
-SCHEMA = 1
 
-_TABLES = """
+_SCHEMAS = (
+    """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE task (
     id TEXT PRIMARY KEY,
@@ -40,7 +39,11 @@ CREATE TABLE task (
     tries INTEGER NOT NULL DEFAULT 0,
     changed REAL NOT NULL DEFAULT (julianday('now'))
 );
-"""
+""",
+)
+_ANEW = (
+    "UPDATE task SET state = 'due', cause = '', tries = 0, changed = julianday('now') WHERE id = ?"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,32 +72,15 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._path = folder / "study.sqlite"
         self._replies = folder / "replies"
         self._replies.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.bank = Bank(folder)
-        # Made here first: SQLite would make it readable for others.
-        make_private(self._path)
-        self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._migrate()
+        self._db = opened(folder / "study.sqlite", _SCHEMAS, wait=5)
 
     def close(self) -> None:
         """Close the database."""
         self._db.close()
         self.bank.close()
-
-    def _migrate(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA:
-            raise ConfigError(
-                self._path,
-                f"has schema {version}, this cropkt knows {SCHEMA}",
-                "Use the cropkt that wrote it, or a newer one",
-            )
-        if version == 0:
-            self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
 
     def meta(self, key: str) -> str | None:
         """Return a value kept with the study."""
@@ -135,13 +121,8 @@ class Store:
 
     def _again(self, again: list[Task]) -> None:
         """Make failed rows due with all their tries."""
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.executemany(
-            "UPDATE task SET state = 'due', cause = '', tries = 0, changed = julianday('now') "
-            "WHERE id = ? AND state = 'failed'",
-            [(task.id,) for task in again],
-        )
-        self._db.execute("COMMIT")
+        with transaction(self._db) as db:
+            db.executemany(f"{_ANEW} AND state = 'failed'", [(task.id,) for task in again])
         if again and (gathered := self.meta("decided/gathered")) is not None:
             # Whoever is asked again is waited for, though the deadline may have passed.
             sites = {task.site for task in again}.union(json.loads(gathered))
@@ -149,27 +130,17 @@ class Store:
 
     def add(self, tasks: Iterable[Task]) -> None:
         """Add the rows that are not there yet, all or none."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            self._db.executemany(
+        with transaction(self._db) as db:
+            db.executemany(
                 "INSERT OR IGNORE INTO task (id, kind, site, cancer, round) VALUES (?, ?, ?, ?, ?)",
                 [(t.id, t.kind, t.site, t.cancer or "", t.round) for t in tasks],
             )
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
     def restart(self, again: Iterable[Task], *, without: Iterable[Task]) -> None:
         """Make rows due as if they had never been sent, and drop others, all or none."""
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.executemany(
-            "UPDATE task SET state = 'due', cause = '', tries = 0, changed = julianday('now') "
-            "WHERE id = ?",
-            [(task.id,) for task in again],
-        )
-        self._db.executemany("DELETE FROM task WHERE id = ?", [(task.id,) for task in without])
-        self._db.execute("COMMIT")
+        with transaction(self._db) as db:
+            db.executemany(_ANEW, [(task.id,) for task in again])
+            db.executemany("DELETE FROM task WHERE id = ?", [(task.id,) for task in without])
 
     def tasks(self) -> list[Task]:
         """Return all rows in the order they were added."""

@@ -129,6 +129,27 @@ class Site:
         return from_record(reply.content, expected=REPLIES)
 
 
+def card(site: Site, **changes: Any) -> Signed:
+    """Return the card of an expert that `site` gives; nobody here looks at the signature."""
+    values: dict[str, Any] = {"patients": 50, "events": 20} | changes
+    told = Card(
+        cancer=UVM,
+        site="leiden",
+        round=0,
+        endpoint=STUDY.endpoint,
+        encoder="",
+        shape=STUDY.shape,
+        models=models_of(weights(), [()]),
+        m0="0" * 64,
+        study=STUDY.hash(),
+        training="0" * 64,
+        created="2026-01-01",
+        signer=public_text(Keys.of(site.state).signing),
+        **values,
+    )
+    return Signed(card=canonical(told).decode(), signature="0" * 128)
+
+
 def asked(request: Message) -> FlowerMessage:
     return FlowerMessage(to_record(request), dst_node_id=2, message_type=request.kind)
 
@@ -396,56 +417,18 @@ def test_an_answer_that_is_too_large_stays(
 def test_a_signed_card_tells_no_more_than_the_answer(
     site: Site, patients: int | None, events: int | None, leaves: bool
 ) -> None:
-    key = Keys.of(site.state).signing
-    card = Card(
-        cancer=UVM,
-        site="leiden",
-        round=0,
-        patients=patients,
-        events=events,
-        endpoint=STUDY.endpoint,
-        encoder="",
-        shape=STUDY.shape,
-        models=models_of(weights(), [()]),
-        m0="0" * 64,
-        study=STUDY.hash(),
-        training="0" * 64,
-        created="2026-01-01",
-        signer=public_text(key),
-    )
-    signed = Signed(card=canonical(card).decode(), signature="0" * 128)
+    signed = card(site, patients=patients, events=events)
     answer = site.answers(expert(signed=signed), EXPERT)
     assert isinstance(answer, ExpertReply) if leaves else code(answer) == "policy"
 
 
 def audited(site: Site, *, high: float | None, epsilon: float | None = None) -> ExpertReply:
     """Return an answer whose card says how well membership is told from the expert."""
-    key = Keys.of(site.state).signing
     summary = high and AuditSummary(
         method="loss", auroc=0.6, low=0.5, high=high, patients=50, detectable=0.7
     )
-    card = Card(
-        cancer=UVM,
-        site="leiden",
-        round=0,
-        patients=50,
-        events=20,
-        endpoint="DSS",
-        encoder="",
-        shape=STUDY.shape,
-        models=models_of(weights(), [()]),
-        m0="0" * 64,
-        study=STUDY.hash(),
-        training="0" * 64,
-        epsilon=epsilon,
-        delta=1e-5 if epsilon else None,
-        audit=summary or None,
-        parents=(),
-        licence="",
-        created="2026-11-24",
-        signer=public_text(key),
-    )
-    return expert(signed=Signed(card=canonical(card).decode(), signature="0" * 128))
+    delta = 1e-5 if epsilon else None
+    return expert(signed=card(site, epsilon=epsilon, delta=delta, audit=summary or None))
 
 
 def test_an_expert_that_tells_its_patients_stays(tmp_path: Path) -> None:

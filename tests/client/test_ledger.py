@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cropkt.errors import ConfigError
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 from cropkt_client import ledger as module
 from cropkt_client.enrol import Enrolment, Keys
 from cropkt_client.ledger import (
@@ -336,7 +336,7 @@ def test_the_recipient_is_whom_the_site_enrolled_with(tmp_path: Path) -> None:
         host="localhost:1",
     ).save(tmp_path)
     assert recipient(tmp_path) == ("eye", fingerprint(key))
-    write_atomically(tmp_path / "enrolment.json", lambda file: file.write(b"{"))
+    write_private(tmp_path / "enrolment.json", b"{")
     with pytest.raises(ConfigError, match="damaged"):
         recipient(tmp_path)
 

@@ -176,7 +176,7 @@ def test_the_status_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cropkt_client.log.write_atomically", full)
+    monkeypatch.setattr("cropkt_client.log.write_private", full)
     status.working("train.expert")
     assert status.state.task == "train.expert"
     told = read_status(tmp_path)

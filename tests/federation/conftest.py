@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 from cropkt.cancers import Cancer
 from cropkt.cohort.pack import write_pack
 from cropkt.config import ExpertShape, RouterConfig, StudyConfig, TrainingConfig
-from cropkt.files import write_atomically
+from cropkt.files import write_private
 from cropkt_server.results import results
 from cropkt_server.settings import Settings, save_settings
 from cropkt_server.store import Task, read_tasks
@@ -45,6 +45,20 @@ CONFIG = StudyConfig(
     router=RouterConfig(epochs=2, learning_rate=1e-3),
 )
 UNAVAILABLE = 69  # exit code of a client that cannot reach its coordinator
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this room: it starts real processes, which Flower leaves untidy."""
+    marks = (
+        pytest.mark.federation,
+        pytest.mark.filterwarnings("ignore::ResourceWarning"),
+        pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    )
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            for mark in marks:
+                item.add_marker(mark)
 
 
 class Federation:
@@ -115,7 +129,7 @@ class Federation:
         values = yaml.safe_load(path.read_text())
         values["study"] = TypeAdapter(StudyConfig).dump_python(self.config, mode="json")
         values |= {"listen": "127.0.0.1", **settings}
-        write_atomically(path, lambda file: file.write(yaml.safe_dump(values).encode()))
+        write_private(path, yaml.safe_dump(values).encode())
 
     def invite(self, site: str, *cancers: Cancer, expires: str = "7d") -> str:
         """Return an invite."""

@@ -14,12 +14,7 @@ import pytest
 from cropkt.cancers import Cancer
 from cropkt_client.ledger import Ledger, public_key
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.timeout(1200),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(1200)
 SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM}
 EYE = "eye-clinic"
 TAPPED = Path(__file__).with_name("tapped.py")

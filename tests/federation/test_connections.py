@@ -17,12 +17,7 @@ import pytest
 
 from cropkt.cancers import Cancer
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(600)
 SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM}
 HUB = "127.0.0.2"  # the coordinator: told apart from what is between the processes of one side
 OWN = "127.0.0.1"

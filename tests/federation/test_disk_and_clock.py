@@ -16,12 +16,7 @@ import pytest
 from cropkt.cancers import Cancer
 from cropkt_client.log import read_status
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(600)
 SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM}
 FULL = 74  # exit code
 BALLAST = "ballast"

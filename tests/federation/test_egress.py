@@ -16,12 +16,7 @@ from cropkt.config import ExpertShape, RouterConfig, TrainingConfig
 from cropkt_client.ledger import Ledger, Row, fingerprint, public_key
 from cropkt_server.pki import Keys
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(600)
 SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM}
 TAPPED = Path(__file__).with_name("tapped.py")
 

@@ -28,11 +28,6 @@ from cropkt.messages import REPLIES, ExpertReply, RouterReply, load
 from cropkt_client.log import LOG_NAME, read_status
 from cropkt_server.store import Task
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM, "kidney-clinic": Cancer.KIPAN}
 SEED, EACH = 20, 5  # of what is killed when; how often each of
 VICTIMS = ("coordinator", "client", "supernode", "training")

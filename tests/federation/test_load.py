@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_federation.py"
 
 

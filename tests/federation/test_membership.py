@@ -15,11 +15,6 @@ from cropkt.messages import ExpertReply
 from cropkt_client.log import read_status
 from cropkt_server.store import Store
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 INCOMPLETE = 3  # exit code of a study that finished, but not with everything
 
 

@@ -14,12 +14,7 @@ from cropkt.cancers import Cancer
 from cropkt.config import ExpertShape, TrainingConfig
 from cropkt.messages import REPLIES, ExpertReply, load
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(600)
 SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM}
 LONG = TrainingConfig(epochs=60, learning_rate=1e-3)  # some seconds of training
 LARGE = ExpertShape(dim=6, embed=512, attention=256)  # 1.1 MB of weights an expert

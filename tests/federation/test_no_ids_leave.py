@@ -16,12 +16,7 @@ import yaml
 from cropkt.cancers import Cancer
 from cropkt_client.ledger import Ledger
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(600)
 TAPPED = Path(__file__).with_name("tapped.py")
 PATIENT, SLIDE, HOSPITAL, FOLDER = "QQPATIENT", "QQSLIDE", "QQHOSPITAL", "QQFOLDER"
 DAYS = 123_456.75  # one patient's follow-up, which no message has a field for

@@ -9,11 +9,6 @@ import pytest
 
 from cropkt.cancers import Cancer
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM, "kidney-clinic": Cancer.KIPAN}
 
 

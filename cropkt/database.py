@@ -1,0 +1,74 @@
+"""Our own SQLite files: for their owner alone, durable, of a known schema, changed as a whole."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cropkt.errors import ConfigError
+from cropkt.files import make_private
+
+
+def opened(
+    path: Path, steps: Sequence[str], *, wait: float, wal: bool = True
+) -> sqlite3.Connection:
+    """Return a connection to a database, made or brought up to date if it has to be.
+
+    What was committed survives a kill at any time. Any thread may use the connection, one at a
+    time; a transaction begins only where `transaction` says so.
+
+    Args:
+        path: of the file.
+        steps: the SQL that leads from each schema to the next; how many were taken is the file's
+            user_version.
+        wait: seconds for another process that writes.
+        wal: whether readers go on while somebody writes.
+
+    Raises:
+        ConfigError: a newer cropkt wrote it.
+    """
+    make_private(path)  # SQLite would make it readable for others
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=wait)
+    try:
+        if wal:
+            database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        if (version := _version(database)) > len(steps):
+            raise ConfigError(
+                path,
+                f"has schema {version}, this cropkt knows {len(steps)}",
+                "Use the cropkt that wrote it, or a newer one",
+            )
+        if version < len(steps):
+            _migrate(database, steps)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+@contextmanager
+def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """Let all that the block writes happen, or nothing of it; nobody else writes meanwhile."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield database
+    except BaseException:
+        database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
+
+
+def _migrate(database: sqlite3.Connection, steps: Sequence[str]) -> None:
+    with transaction(database):
+        for step in steps[_version(database) :]:  # another process may have been faster
+            for statement in filter(str.strip, step.split(";")):
+                database.execute(statement)
+        database.execute(f"PRAGMA user_version = {len(steps)}")
+
+
+def _version(database: sqlite3.Connection) -> int:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    return int(version)
