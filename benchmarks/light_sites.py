@@ -56,6 +56,7 @@ from cropkt.messages import (
     RouterRequest,
     Score,
     Signed,
+    SourceScore,
     TransferReply,
     TransferRequest,
     Weights,
@@ -242,7 +243,7 @@ def _transfer(site: LightSite, request: TransferRequest) -> TransferReply:
     return TransferReply(
         task=request.task,
         cancer=request.cancer,
-        scores=scores,
+        scores=tuple(SourceScore(c_index=0.55, se=0.05) for _ in request.sources),
         training_scores=(scores,) * request.study.folds,
         seconds=0.0,
     )
@@ -267,7 +268,7 @@ def _release(site: LightSite, request: ReleaseRequest) -> ReleaseReply:
         cancer=request.cancer,
         patients=PATIENTS,
         events=EVENTS,
-        arms={"local": score, "zero_shot": score, "roupkt": score},
+        arms={"local": score, "zero_shot": score, "roupkt+": score},
         routing={request.cancer: 1.0},
         zero_shot_choice={"vote": request.study.folds},
         seconds=0.0,

@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
@@ -27,6 +27,23 @@ Loss = Literal["log_space", "clamped"]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Encoder = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._+-]{0,63})?$")]
 Purpose = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Arm = Literal[
+    "local",
+    "finetune",
+    "zero_shot",
+    "vote",
+    "roupkt",
+    "roupkt+",
+    "merge",
+    "stack",
+    "fedavg",
+    "fedavg_tuned",
+    "auto",
+    "random_init",
+    "permuted",
+    "mean_pool",
+    "self_only",
+]
 Settings = TypeVar("Settings")
 
 
@@ -81,6 +98,9 @@ class RouterConfig(OptimiserConfig):
     warm_start: bool = True  # adapters start as the identity, the head as the site's own
 
 
+EVALUATED: tuple[Arm, ...] = tuple(a for a in get_args(Arm) if not a.startswith("fedavg"))
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class StudyConfig:
     """Everything that decides a study's numbers."""
@@ -94,6 +114,11 @@ class StudyConfig:
     initial_hazard: Annotated[float, Field(gt=0, lt=1)] | None = 0.06  # M0's; None as published
     source: Literal["all_patients", "fold_0"] = "all_patients"  # which expert a site shares
     max_sources: Count = 25  # experts of other cancers that a router may use
+    # What is compared at each target; `local` and the study's router always are.
+    arms: tuple[Arm, ...] = EVALUATED
+    fedavg_rounds: Annotated[int, Field(ge=0, le=100)] = 0  # of one model for all cancers; 0: none
+    shots: tuple[Annotated[int, Field(ge=4, le=100_000)], ...] = ()  # also with so few patients
+    draws: Annotated[int, Field(ge=1, le=20)] = 5  # of patients for each of `shots`
     shape: ExpertShape = field(default_factory=ExpertShape)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -107,6 +132,7 @@ class StudyConfig:
 PUBLISHED = StudyConfig(
     initial_hazard=None,
     source="fold_0",
+    arms=("local", "zero_shot", "roupkt"),
     training=TrainingConfig(drop_last=True, loss="clamped"),
     router=RouterConfig(
         drop_last=True,

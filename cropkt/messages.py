@@ -1,4 +1,4 @@
-"""What may travel between the coordinator and a site: six questions, their answers, a failure.
+"""What may travel between the coordinator and a site: seven questions, their answers, a failure.
 
 No field carries a patient, a slide, a patch, a feature, an attention map, an event time or a
 path. Both sides build a message here and check it here when it arrives: unknown keys, other
@@ -22,6 +22,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 from pydantic.dataclasses import dataclass
 
 from cropkt.cancers import Cancer
+from cropkt.config import Arm as Arm
 from cropkt.config import Encoder, StudyConfig
 from cropkt.config import SiteName as SiteName
 from cropkt.errors import MessageError
@@ -41,8 +42,10 @@ Package = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.+_-]{1,64}$")]
 Patients = Annotated[int, Field(ge=0, le=10_000_000)]
 Seconds = Annotated[float, Field(ge=0, le=1e8)]
+Amount = Annotated[float, Field(ge=0, le=1e15)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Arm = Literal["local", "zero_shot", "roupkt"]
+Change = Annotated[float, Field(ge=-1, le=1)]  # of a C-index
+Folds = Annotated[int, Field(ge=0, le=10)]
 Code = Literal[
     "data",
     "no_cohort",
@@ -79,6 +82,35 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SourceScore(Score):
+    """One expert of another cancer on a site's patients, beside untrained experts."""
+
+    lead: Change | None = None  # over the mean of untrained experts on the same patients
+    lead_se: Probability | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Difference:
+    """One arm's C-index less another's, on the same patients."""
+
+    value: Change
+    se: Probability
+    low: Change
+    high: Change
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Cost:
+    """What one arm cost a site."""
+
+    seconds: Seconds
+    megabytes: Amount | None = None  # peak memory of the process above what it held before
+    gflop: Amount = 0.0
+    received: Amount = 0.0  # megabytes of weights that the site needs for it
+    sent: Amount = 0.0  # megabytes of weights that leave the site for it
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ArmScore(Score):
     """One arm on one site, out of fold."""
 
@@ -87,10 +119,45 @@ class ArmScore(Score):
     pairs: Patients = 0  # comparable pairs within folds, in units of 10
     fold_mean: Probability | None = None
     pooled: Probability | None = None  # over all pairs, across folds too
-    gain: Annotated[float, Field(ge=-1, le=1)] | None = None  # over local
-    gain_se: Annotated[float, Field(ge=0, le=1)] | None = None
-    gain_low: Annotated[float, Field(ge=-1, le=1)] | None = None
-    gain_high: Annotated[float, Field(ge=-1, le=1)] | None = None
+    gain: Change | None = None  # over local
+    gain_se: Probability | None = None
+    gain_low: Change | None = None
+    gain_high: Change | None = None
+    against: dict[Arm, Difference] = field(default_factory=dict)  # over controls
+    c_ipcw: Probability | None = None
+    brier: Probability | None = None
+    auc: tuple[Probability | None, ...] = ()  # after 1, 3 and 5 years
+    d_calibration: Probability | None = None  # p value
+    log_rank: Probability | None = None  # p value of the halves at high and at low risk
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Voice:
+    """One expert's part in a site's guarded answer."""
+
+    weight: Probability  # mean over folds
+    weight_sd: Probability
+    cost: Change | None = None  # C-index that the answer loses without it
+    silent: Folds = 0  # folds that found it to say the same of everybody
+    contrary: Folds = 0  # folds that found it wrong
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Verdict:
+    """What the guard decided for a site."""
+
+    share: Probability  # of other cancers in the answer, mean over folds
+    candidates: dict[Literal["equal", "vote", "stack"], Folds]
+    gain: Change  # in C-index, which the decision expects
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Shots:
+    """Out-of-fold C-index of arms with few training patients, one value a draw."""
+
+    patients: Annotated[int, Field(ge=1, le=10_000_000)] | None  # None: all
+    arms: dict[Arm, tuple[Probability, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -182,7 +249,7 @@ class TransferReply(Message):
     cancer: Cancer
     patients: Patients | None = None
     events: Patients | None = None
-    scores: tuple[Score, ...]  # one a source
+    scores: tuple[SourceScore, ...]  # one a source
     training_scores: tuple[tuple[Score, ...], ...]  # folds x sources
     seconds: Seconds
 
@@ -217,6 +284,29 @@ class RouterReply(Message):
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class FedAvgRequest(Message):
+    """Train the model of all cancers on from the last round's average, or from M0."""
+
+    kind: ClassVar[str] = "train.fedavg"
+    study: StudyConfig
+    cancer: Cancer
+    round: Annotated[int, Field(ge=0, le=99)] = 0
+    weights: Weights | None = None  # (1 + folds, parameters)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class FedAvgReply(Message):
+    """The model of all cancers after this site's patients, and without each of its folds."""
+
+    kind: ClassVar[str] = "train.fedavg"
+    cancer: Cancer
+    patients: Patients | None
+    events: Patients | None
+    weights: Weights  # (1 + folds, parameters)
+    seconds: Seconds
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ReleaseRequest(Message):
     """Evaluate the final models and decide."""
 
@@ -224,6 +314,7 @@ class ReleaseRequest(Message):
     study: StudyConfig
     cancer: Cancer
     routers: Weights | None = None  # (1 + folds, parameters): the average, where shared
+    everyone: Weights | None = None  # (1 + folds, parameters) of the model of all cancers
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -236,7 +327,10 @@ class ReleaseReply(Message):
     events: Patients | None
     arms: dict[Arm, ArmScore]
     routing: dict[Cancer, Probability]  # mean weight of each expert; the own cancer is "self"
-    zero_shot_choice: dict[Literal["vote"] | Cancer, Annotated[int, Field(ge=0, le=10)]]
+    zero_shot_choice: dict[Literal["vote"] | Cancer, Folds]
+    verdict: Verdict | None = None
+    voices: dict[Cancer, Voice] = field(default_factory=dict)  # the own cancer is "self"
+    few_shot: tuple[Shots, ...] = ()
     reason: Annotated[str, StringConstraints(pattern=r"^[a-z0-9 ,.]{0,120}$")] = ""
     seconds: Seconds
 
@@ -263,6 +357,7 @@ REQUESTS: tuple[type[Message], ...] = (
     ExpertRequest,
     TransferRequest,
     RouterRequest,
+    FedAvgRequest,
     ReleaseRequest,
     HeldRequest,
 )
@@ -271,6 +366,7 @@ REPLIES: tuple[type[Message], ...] = (
     ExpertReply,
     TransferReply,
     RouterReply,
+    FedAvgReply,
     ReleaseReply,
     Failure,
 )

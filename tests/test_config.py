@@ -28,6 +28,8 @@ OTHER: dict[str, Any] = {
     "dropout": 0.5,
     "alpha": 0.25,
     "learning_rate": 1e-3,
+    "arms": ("local",),
+    "shots": (20,),
 }
 
 

@@ -27,11 +27,15 @@ from cropkt.messages import (
     REQUESTS,
     ArmScore,
     CohortCount,
+    Cost,
     DescribeReply,
     DescribeRequest,
+    Difference,
     ExpertReply,
     ExpertRequest,
     Failure,
+    FedAvgReply,
+    FedAvgRequest,
     HeldRequest,
     Message,
     ReleaseReply,
@@ -39,9 +43,13 @@ from cropkt.messages import (
     RouterReply,
     RouterRequest,
     Score,
+    Shots,
     Signed,
+    SourceScore,
     TransferReply,
     TransferRequest,
+    Verdict,
+    Voice,
     load,
     pack,
     save,
@@ -66,15 +74,55 @@ tasks = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._/-]{0,199}\Z")
 sites = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 studies = st.sampled_from([StudyConfig(), PUBLISHED, StudyConfig(shape=ExpertShape(dim=4), seed=9)])
 scores = st.builds(Score, c_index=maybe, se=st.none() | st.floats(0, 10))
-signed = st.none() | st.floats(-1, 1)
+change = st.floats(-1, 1)
+signed = st.none() | change
+source_scores = st.builds(
+    SourceScore, c_index=maybe, se=st.none() | st.floats(0, 10), lead=signed, lead_se=maybe
+)
+lists = {"max_size": 3}
+amount = st.floats(0, 1e15)
+arms = st.sampled_from(get_args(messages.Arm))
 arm_scores = st.builds(
     ArmScore,
     **dict.fromkeys(["c_index", "low", "high", "fold_mean", "pooled", "gain_se"], maybe),
     **dict.fromkeys(["gain", "gain_low", "gain_high"], signed),
+    **dict.fromkeys(["c_ipcw", "brier", "d_calibration", "log_rank"], maybe),
     se=st.none() | st.floats(0, 10),
     pairs=patients,
+    auc=st.lists(maybe, **lists).map(tuple),
+    against=st.dictionaries(
+        arms,
+        st.builds(Difference, value=change, se=probability, low=change, high=change),
+        **lists,
+    ),
+    cost=st.none()
+    | st.builds(
+        Cost,
+        seconds=seconds,
+        megabytes=amount | st.none(),
+        **dict.fromkeys(["gflop", "received", "sent"], amount),
+    ),
 )
-lists = {"max_size": 3}
+some_folds = st.integers(0, 10)
+voices = st.builds(
+    Voice,
+    weight=probability,
+    weight_sd=probability,
+    cost=signed,
+    silent=some_folds,
+    contrary=some_folds,
+)
+verdicts = st.builds(
+    Verdict,
+    share=probability,
+    candidates=st.dictionaries(st.sampled_from(["equal", "vote", "stack"]), some_folds),
+    gain=change,
+)
+few_shots = st.builds(
+    Shots,
+    patients=st.integers(1, 10_000_000) | st.none(),
+    arms=st.dictionaries(arms, st.lists(probability, **lists).map(tuple), **lists),
+)
 cards = st.builds(Signed, card=st.text(max_size=50), signature=st.from_regex(r"\A[0-9a-f]{128}\Z"))
 
 
@@ -136,7 +184,7 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         cancer=cancers,
         patients=counts,
         events=counts,
-        scores=st.lists(scores, **lists).map(tuple),
+        scores=st.lists(source_scores, **lists).map(tuple),
         training_scores=st.lists(st.lists(scores, **lists).map(tuple), **lists).map(tuple),
         seconds=seconds,
     ),
@@ -161,18 +209,40 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         weights=weights,
         seconds=seconds,
     ),
-    ReleaseRequest: of(ReleaseRequest, study=studies, cancer=cancers, routers=weights | st.none()),
+    FedAvgRequest: of(
+        FedAvgRequest,
+        study=studies,
+        cancer=cancers,
+        round=st.integers(0, 99),
+        weights=weights | st.none(),
+    ),
+    FedAvgReply: of(
+        FedAvgReply,
+        cancer=cancers,
+        patients=counts,
+        events=counts,
+        weights=weights,
+        seconds=seconds,
+    ),
+    ReleaseRequest: of(
+        ReleaseRequest,
+        study=studies,
+        cancer=cancers,
+        routers=weights | st.none(),
+        everyone=weights | st.none(),
+    ),
     ReleaseReply: of(
         ReleaseReply,
         cancer=cancers,
         patients=counts,
         events=counts,
-        arms=st.dictionaries(
-            st.sampled_from(["local", "zero_shot", "roupkt"]), arm_scores, **lists
-        ),
+        arms=st.dictionaries(arms, arm_scores, **lists),
         routing=st.dictionaries(cancers, probability, **lists),
         zero_shot_choice=st.dictionaries(cancers | st.just("vote"), st.integers(0, 10), **lists),
         reason=st.from_regex(r"\A[a-z0-9 ,.]{0,120}\Z"),
+        verdict=verdicts | st.none(),
+        voices=st.dictionaries(cancers, voices, **lists),
+        few_shot=st.lists(few_shots, **lists).map(tuple),
         seconds=seconds,
     ),
     HeldRequest: of(HeldRequest),
@@ -217,6 +287,13 @@ def sample(kind: type[Message]) -> Message:
         gain_se=0.1,
         gain_low=-0.1,
         gain_high=0.2,
+        against={"self_only": Difference(value=0.1, se=0.1, low=-0.1, high=0.2)},
+        c_ipcw=0.6,
+        brier=0.2,
+        auc=(0.6, None, 0.7),
+        d_calibration=0.5,
+        log_rank=0.01,
+        cost=Cost(seconds=1.0, megabytes=2.0, gflop=3.0, received=4.0, sent=5.0),
     )
     count = CohortCount(cancer=Cancer.UVM, patients=80, events=21, dim=4)
     source = (Cancer.UVM, Cancer.BRCA)
@@ -241,12 +318,16 @@ def sample(kind: type[Message]) -> Message:
         "score": score,
         "seconds": 1.5,
         "sources": source,
-        "scores": (score, score),
+        "scores": (SourceScore(c_index=0.6, se=0.1, lead=0.1, lead_se=0.1),) * 2,
         "training_scores": ((score, score),),
         "arms": {"local": arm},
         "routing": {Cancer.UVM: 1.0},
         "zero_shot_choice": {"vote": 3},
         "reason": "fine",
+        "everyone": w,
+        "verdict": Verdict(share=0.5, candidates={"stack": 3}, gain=0.02),
+        "voices": {Cancer.UVM: Voice(weight=0.5, weight_sd=0.1, cost=0.01, silent=1, contrary=2)},
+        "few_shot": (Shots(patients=20, arms={"auto": (0.6, 0.7)}),),
         "code": "data",
         "reference": "0a1b2c3d",
     }
@@ -297,22 +378,31 @@ ALLOWED: dict[type, set[str]] = {
     },
     Signed: {"card", "signature"},
     RouterReply: {"task", "protocol", "cancer", "patients", "events", "weights", "seconds"},
-    ReleaseRequest: {"task", "protocol", "study", "cancer", "routers"},
+    FedAvgRequest: {"task", "protocol", "study", "cancer", "round", "weights"},
+    FedAvgReply: {"task", "protocol", "cancer", "patients", "events", "weights", "seconds"},
+    ReleaseRequest: {"task", "protocol", "study", "cancer", "routers", "everyone"},
     ReleaseReply: {
         *("task", "protocol", "cancer", "patients", "events", "arms", "routing"),
-        *("zero_shot_choice", "reason", "seconds"),
+        *("zero_shot_choice", "reason", "seconds", "verdict", "voices", "few_shot"),
     },
     HeldRequest: {"task", "protocol"},
     Failure: {"task", "protocol", "code", "site", "reference"},
     CohortCount: {"cancer", "patients", "events", "dim"},
     Score: {"c_index", "se"},
+    SourceScore: {"c_index", "se", "lead", "lead_se"},
+    Difference: {"value", "se", "low", "high"},
+    Cost: {"seconds", "megabytes", "gflop", "received", "sent"},
+    Voice: {"weight", "weight_sd", "cost", "silent", "contrary"},
+    Verdict: {"share", "candidates", "gain"},
+    Shots: {"patients", "arms"},
     ArmScore: {
         *("c_index", "se", "low", "high", "pairs", "fold_mean", "pooled"),
-        *("gain", "gain_se", "gain_low", "gain_high"),
+        *("gain", "gain_se", "gain_low", "gain_high", "against", "c_ipcw", "brier", "auc"),
+        *("d_calibration", "log_rank", "cost"),
     },
     StudyConfig: {
         *("purpose", "endpoint", "seed", "folds", "split", "rounds", "initial_hazard", "source"),
-        *("max_sources", "shape", "training", "router"),
+        *("max_sources", "arms", "fedavg_rounds", "shots", "draws", "shape", "training", "router"),
     },
     ExpertShape: {"dim", "embed", "attention", "bins"},
     TrainingConfig: {

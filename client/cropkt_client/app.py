@@ -36,6 +36,7 @@ from cropkt.messages import (
     Code,
     DescribeRequest,
     ExpertRequest,
+    FedAvgRequest,
     HeldRequest,
     Message,
     ReleaseRequest,
@@ -76,6 +77,12 @@ def transfer(message: FlowerMessage, context: Context) -> FlowerMessage:
 def router(message: FlowerMessage, context: Context) -> FlowerMessage:
     """Answer `train.router`."""
     return _answer(message, context, RouterRequest, tasks.fit_router)
+
+
+@app.train("fedavg")
+def fedavg(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """Answer `train.fedavg`."""
+    return _answer(message, context, FedAvgRequest, tasks.fit_fedavg)
 
 
 @app.evaluate("release")

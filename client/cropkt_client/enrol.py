@@ -150,7 +150,8 @@ release:
   round_counts_to: 5
 
   # The questions that may be answered: what this site holds; its expert; how others' experts do
-  # here; its router; its final scores.
+  # here; its router; its final scores. Not named: train.fedavg, its part of one model for all
+  # cancers, several rounds of it, which some studies compare with.
   messages: [query.describe, train.expert, evaluate.transfer, train.router, evaluate.release]
 
   # Of which cancers, and for studies of which purpose.

@@ -20,10 +20,11 @@ from flwr.app import Error
 from flwr.app import Message as FlowerMessage
 
 from cropkt.cancers import Cancer
-from cropkt.errors import CropktError, MessageError, RefusedError
+from cropkt.errors import BudgetError, CropktError, MessageError, RefusedError
 from cropkt.messages import Code, Failure, HeldRequest, Message
 from cropkt.wire import payload, to_record
 from cropkt_client import policy
+from cropkt_client.budget import Budget
 from cropkt_client.held import Held, Question, Shelf
 from cropkt_client.ledger import Entry, Ledger, recipient
 from cropkt_client.policy import AuditRefusedError, SuppressedError
@@ -44,6 +45,7 @@ class Gate:
         state: its state folder, where ledger, keys and held answers lie.
         release: its policy. None: only failures leave.
         spent: returns the epsilon spent on a cohort so far, None without differential privacy.
+        budget: of its cohorts, if the site is private: then only what it has paid for leaves.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Gate:
         state: Path,
         release: ReleasePolicy | None = None,
         spent: Spent = lambda _: None,
+        budget: Budget | None = None,
     ) -> None:
         self._site, self._policy, self._spent = site, release, spent
+        self._paid = None if budget is None else budget.has_paid
         self._study, self._recipient = recipient(state)
         self._ledger, self._shelf = Ledger(state), Shelf(state)
 
@@ -66,11 +70,13 @@ class Gate:
             ConfigError: the file, or the site's enrolment, is damaged.
         """
         settings = read_settings(config)
+        state, privacy = config.parent / settings.state, settings.privacy
         return cls(
             site=settings.site,
-            state=config.parent / settings.state,
+            state=state,
             release=settings.release,
             spent=spent,
+            budget=None if privacy is None else Budget(state, privacy),
         )
 
     def admit(self, request: Message) -> None:
@@ -93,13 +99,16 @@ class Gate:
         try:
             asked = policy.question(request)
             rules = policy.admit(self._policy, asked)
-            answer, checked = policy.within(rules, answer, asked, site=self._site)
+            answer, checked = policy.within(rules, answer, asked, site=self._site, paid=self._paid)
+            epsilon = self._epsilon(asked)
         except CropktError as error:
             log.error("%s: the answer stays here: %s", request.task, error)
             return self.fail(request.task, _code(error), to=to)
         reply = FlowerMessage(to_record(answer), reply_to=to)
         if rules.approval == "auto":
-            return self._leave(reply, asked, checked=checked, approved="by the policy")
+            return self._leave(
+                reply, asked, checked=checked, approved="by the policy", epsilon=epsilon
+            )
         measured, now = payload(reply), time.time()
         held = Held(
             question=asked,
@@ -115,7 +124,7 @@ class Gate:
         if held.since == now:
             text = "%s waits for approval: cropkt-client release show %s"
             log.warning(text, request.task, held.id)
-        return self._decided(held, reply, to)
+        return self._decided(held, reply, to, epsilon)
 
     def again(self, request: HeldRequest, *, to: FlowerMessage) -> FlowerMessage:
         """Return what became of the answer that is held for a task."""
@@ -126,13 +135,17 @@ class Gate:
             rules = policy.admit(self._policy, held.question)
             if policy.version(rules) != held.policy:
                 raise MessageError(request.task, "the policy has changed since it was held")
+            answer = self._shelf.answer(held)
+            if self._paid is not None:  # the site may have become private since
+                policy.private(answer, self._paid)
+            epsilon = self._epsilon(held.question)
         except MessageError:
             return self.fail(request.task, "not_held", to=to)  # it comes again in full
-        except RefusedError as error:
+        except CropktError as error:
             log.error("%s: the answer stays here: %s", request.task, error)
             return self.fail(request.task, _code(error), to=to)
-        reply = FlowerMessage(to_record(self._shelf.answer(held)), reply_to=to)
-        return self._decided(held, reply, to)
+        reply = FlowerMessage(to_record(answer), reply_to=to)
+        return self._decided(held, reply, to, epsilon)
 
     def fail(
         self,
@@ -174,18 +187,33 @@ class Gate:
             return False
         return self._ledger.knows(measured.sha256, measured.bytes)
 
-    def _decided(self, held: Held, reply: FlowerMessage, to: FlowerMessage) -> FlowerMessage:
+    def _epsilon(self, asked: Question) -> float | None:
+        return None if asked.cancer is None else self._spent(asked.cancer)
+
+    def _decided(
+        self, held: Held, reply: FlowerMessage, to: FlowerMessage, epsilon: float | None
+    ) -> FlowerMessage:
         task = held.question.task
         if held.decision == "waiting":
             return self.fail(task, "awaiting_approval", to=to)
         if held.decision == "refused":
             return self.fail(task, "refused_release", to=to, approved=f"refused by {held.by}")
         return self._leave(
-            reply, held.question, checked=held.checked, approved=f"approved by {held.by}"
+            reply,
+            held.question,
+            checked=held.checked,
+            approved=f"approved by {held.by}",
+            epsilon=epsilon,
         )
 
     def _leave(
-        self, reply: FlowerMessage, asked: Question, *, checked: str, approved: str
+        self,
+        reply: FlowerMessage,
+        asked: Question,
+        *,
+        checked: str,
+        approved: str,
+        epsilon: float | None,
     ) -> FlowerMessage:
         return self._record(
             reply,
@@ -193,7 +221,7 @@ class Gate:
             message=asked.kind,
             checked=checked,
             approved=approved,
-            epsilon=None if asked.cancer is None else self._spent(asked.cancer),
+            epsilon=epsilon,
         )
 
     def _record(
@@ -229,4 +257,6 @@ def _code(error: CropktError) -> Code:
         return "suppressed"
     if isinstance(error, AuditRefusedError):
         return "audit"
+    if isinstance(error, BudgetError):
+        return "budget"
     return "policy" if isinstance(error, RefusedError) else "internal"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from typing import Any, cast
 
+import numpy as np
+
 from cropkt.cancers import Cancer
-from cropkt.errors import MessageError, RefusedError
-from cropkt.experts.card import Card, read_card
+from cropkt.errors import ArtifactError, MessageError, RefusedError
+from cropkt.experts.card import Card, check_models, read_card
 from cropkt.messages import (
     REPLIES,
     ArmScore,
@@ -18,12 +21,15 @@ from cropkt.messages import (
     ExpertReply,
     ExpertRequest,
     Failure,
+    FedAvgReply,
+    FedAvgRequest,
     Message,
     ReleaseReply,
     ReleaseRequest,
     RouterReply,
     RouterRequest,
     Score,
+    SourceScore,
     TransferReply,
     TransferRequest,
     pack,
@@ -33,8 +39,25 @@ from cropkt_client.held import Question
 from cropkt_client.settings import Asked, ReleasePolicy
 
 WHERE = "site.yaml: release"
+WITHHELD = "withheld for privacy"
+SUPPRESSED = "suppressed by the site"
+Paid = Callable[[Card], bool]  # whether a private site's budget has the payment for an expert
 _ANSWERS = {kind.kind: kind for kind in REPLIES if kind is not Failure}
-_QUESTIONS = (DescribeRequest, ExpertRequest, TransferRequest, RouterRequest, ReleaseRequest)
+_QUESTIONS = (
+    DescribeRequest,
+    ExpertRequest,
+    TransferRequest,
+    RouterRequest,
+    FedAvgRequest,
+    ReleaseRequest,
+)
+_FAULT = "Either it was made before the site became private, or its task is faulty: report that"
+# What a private site's answers may say. Whatever else the contract comes to hold stays empty.
+_SAID = frozenset({"task", "protocol", "cancer", "patients", "events"})
+_SAID_BY: Mapping[type[Message], frozenset[str]] = {
+    DescribeReply: frozenset({"site", "cohorts", "encoder", "versions"}),
+    ExpertReply: frozenset({"weights", "signed"}),  # which `_check_paid` judges
+}
 
 
 class SuppressedError(RefusedError):
@@ -43,6 +66,10 @@ class SuppressedError(RefusedError):
 
 class AuditRefusedError(RefusedError):
     """Membership is told too well from an expert, or that could not be measured."""
+
+
+class PrivateError(RefusedError):
+    """A private site's answer holds more than counts and an expert that its budget paid for."""
 
 
 def question(request: Message) -> Question:
@@ -56,7 +83,9 @@ def question(request: Message) -> Question:
     k, models = request.study.folds, 1
     if isinstance(request, ExpertRequest) and request.shared:
         models += k + k * (k - 1) // 2  # of all patients, without a fold, without two
-    elif isinstance(request, RouterRequest) and request.shared:
+    elif isinstance(request, FedAvgRequest) or (
+        isinstance(request, RouterRequest) and request.shared
+    ):
         models += k
     return Question(
         kind=cast(Asked, request.kind),
@@ -86,7 +115,7 @@ def admit(policy: ReleasePolicy | None, asked: Question) -> ReleasePolicy:
 
 
 def within(
-    policy: ReleasePolicy, answer: Message, asked: Question, *, site: str
+    policy: ReleasePolicy, answer: Message, asked: Question, *, site: str, paid: Paid | None = None
 ) -> tuple[Message, str]:
     """Return what of an answer may leave, and in words what was checked.
 
@@ -98,14 +127,18 @@ def within(
         answer: from the site's task.
         asked: its question.
         site: name of the site.
+        paid: whether its budget has paid for an expert. None: the site is not private.
 
     Raises:
         MessageError: it is not an answer to this question within the contract.
+        PrivateError: the site is private, and it holds more than such a site gives away.
         AuditRefusedError: membership is told too well from the expert.
         RefusedError: it is larger than the policy allows.
         SuppressedError: it holds a model of a cohort below the minimum.
     """
     answer, checks = _in_form(policy, answer, asked, site)
+    if paid is not None:
+        checks.append(private(answer, paid))
     checks.append(f"counts rounded to {policy.round_counts_to}")
     bounds = f"{policy.minimum_patients} patients and {policy.minimum_events} events"
     if isinstance(answer, DescribeReply):
@@ -121,11 +154,76 @@ def within(
             checks.append("its signed card tells no more")
         checks += _audited(card, policy)
     enough = _enough(answer, policy)
-    if isinstance(answer, ExpertReply | RouterReply) and not enough:
+    if isinstance(answer, ExpertReply | RouterReply | FedAvgReply) and not enough:
         raise SuppressedError(asked.task, f"its cohort has not {bounds}")
     checks.append(f"at least {bounds}" if enough else f"not {bounds}: scores suppressed")
     answer = answer if enough else _without_scores(answer)
     return _rounded(answer, policy), "; ".join(checks)
+
+
+def private(answer: Message, paid: Paid) -> str:
+    """Check that a private site's answer tells nothing but counts and a paid expert.
+
+    Returns:
+        in words what was checked.
+
+    Raises:
+        PrivateError: it tells more, whatever the task that made it thought.
+    """
+    kind = type(answer)
+    said = _SAID | _SAID_BY.get(kind, frozenset())
+    for item in fields(answer):
+        value = getattr(answer, item.name)
+        why = item.name == "reason" and value in (WITHHELD, SUPPRESSED)
+        if not (item.name in said or why or _silent(value, _default(item))):
+            problem = f"the {item.name} of a {kind.__name__} would leave a private site"
+            raise PrivateError("site.yaml: privacy", problem, _FAULT)
+    if not isinstance(answer, ExpertReply):
+        return "private: counts only"
+    card = _check_paid(answer, paid)
+    return f"private: its expert's epsilon of {card.epsilon:.3g} is paid"
+
+
+def _check_paid(answer: ExpertReply, paid: Paid) -> Card:
+    """Return the card of the one expert that a private site gives away.
+
+    Raises:
+        PrivateError: it is not signed as one that its cohort's budget has paid for.
+    """
+    where, fix = "site.yaml: privacy", _FAULT
+    if answer.signed is None:
+        raise PrivateError(where, "an expert without a card would leave a private site", fix)
+    card = read_card(answer.signed.card)
+    if card.epsilon is None or card.delta is None or not paid(card):
+        raise PrivateError(where, "its budget has not paid for the expert that would leave", fix)
+    if card.audit is not None:
+        raise PrivateError(where, "the audit on its expert's card would leave", fix)
+    try:
+        check_models(card, answer.weights, [()], cancer=answer.cancer)
+    except ArtifactError as error:
+        problem = f"its expert is not the one that was paid for: {error.problem}"
+        raise PrivateError(where, problem, fix) from None
+    return card
+
+
+def _silent(value: Any, default: Any = 0) -> bool:
+    """Return whether a value says nothing: it is empty, or what the contract has by default."""
+    if value is None or isinstance(value, np.ndarray):
+        return value is None
+    if is_dataclass(value):
+        return all(_silent(getattr(value, item.name), _default(item)) for item in fields(value))
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
+        return all(map(_silent, value))
+    return bool(value == default)
+
+
+def _default(item: Field[Any]) -> Any:
+    """Return a field's default, 0 if it has none."""
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    return 0 if item.default is MISSING else item.default
 
 
 def _in_form(
@@ -144,7 +242,7 @@ def _in_form(
         raise RefusedError(WHERE, problem)
     checks = [f"fields, types and bounds of {kind.__name__}", f"purpose {asked.purpose}"]
     if asked.cancer is not None:
-        checks.append(f"cancer {asked.cancer}")
+        checks.append(of_cancer(asked.cancer))
     for array in (getattr(answer, name) for name in sorted(arrays)):
         if len(array) > asked.models:
             problem = f"holds {len(array)} models where {asked.models} were asked for"
@@ -156,6 +254,11 @@ def _in_form(
 def version(policy: ReleasePolicy) -> str:
     """Return a short hash of a policy: another hash, another policy."""
     return hashlib.sha256(json.dumps(asdict(policy), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def of_cancer(cancer: Cancer) -> str:
+    """Return what is written down as checked of an answer about a cohort."""
+    return f"cancer {cancer}"
 
 
 def rounded(count: int | None, minimum: int, to: int) -> int | None:
@@ -220,7 +323,7 @@ def _enough(answer: Any, policy: ReleasePolicy) -> bool:
 
 def _without_scores(answer: Message) -> Message:
     if isinstance(answer, TransferReply):
-        nothing = tuple(Score() for _ in answer.scores)
+        nothing = tuple(SourceScore() for _ in answer.scores)
         rows = tuple(tuple(Score() for _ in row) for row in answer.training_scores)
         return replace(answer, scores=nothing, training_scores=rows)
     if isinstance(answer, ReleaseReply):
@@ -229,7 +332,10 @@ def _without_scores(answer: Message) -> Message:
             arms={arm: ArmScore() for arm in answer.arms},
             routing={},
             zero_shot_choice={},
-            reason="suppressed by the site",
+            verdict=None,
+            voices={},
+            few_shot=(),
+            reason=SUPPRESSED,
         )
     raise MessageError(type(answer).__name__, "has scores that the gate cannot leave out")
 

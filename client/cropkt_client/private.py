@@ -16,30 +16,31 @@ models has no such bound, because a patient changes the models too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cropkt.cohort.bags import Cohort
 from cropkt.config import StudyConfig
 from cropkt.errors import ConfigError, RefusedError
 from cropkt.experts.abmil import Abmil, flatten
+from cropkt.experts.card import digest
 from cropkt.files import write_private
 from cropkt.messages import (
     ArmScore,
     ExpertRequest,
+    FedAvgRequest,
     ReleaseReply,
     RouterRequest,
     Score,
+    SourceScore,
     TransferReply,
     TransferRequest,
     Weights,
     pack,
 )
 from cropkt_client.budget import Budget, Payment
-from cropkt_client.policy import rounded
+from cropkt_client.policy import WITHHELD, rounded
 from cropkt_client.settings import Privacy
 from cropkt_client.site import Site
-
-WITHHELD = "withheld for privacy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,7 @@ class PrivateExpert:
             ),
         )
         weights: Weights = flatten(expert).cpu().numpy()
-        Budget(self.site.state, self.privacy).use(self.payment)
+        Budget(self.site.state, self.privacy).use(self.payment, digest(weights[0]))
         return weights
 
 
@@ -122,16 +123,30 @@ def refuse_shared(request: ExpertRequest | RouterRequest) -> None:
         )
 
 
+def refuse_rounds(request: FedAvgRequest, site: Site) -> None:
+    """Refuse a private site's part in the model of all cancers.
+
+    Raises:
+        RefusedError: the site is private, and the model would leave it round after round.
+    """
+    if site.config.privacy is not None:
+        raise RefusedError(
+            "site.yaml: privacy",
+            f"{request.kind} takes models of all patients and without each fold, every round; "
+            "a private site gives one expert, once",
+            "Run a study with fedavg_rounds: 0",
+        )
+
+
 def withheld(request: TransferRequest, cohort: Cohort) -> TransferReply:
     """Return the answer of a site that tells no scores."""
-    nothing = tuple(Score() for _ in request.sources)
     return TransferReply(
         task=request.task,
         cancer=request.cancer,
         patients=len(cohort),
         events=int(cohort.event.sum()),
-        scores=nothing,
-        training_scores=(nothing,) * request.study.folds,
+        scores=(SourceScore(),) * len(request.sources),
+        training_scores=((Score(),) * len(request.sources),) * request.study.folds,
         seconds=0.0,
     )
 
@@ -141,8 +156,11 @@ def kept_here(reply: ReleaseReply, site: Site) -> ReleaseReply:
     text, _ = pack(reply)
     path = site.state / reply.cancer / "release.json"
     write_private(path, text.encode())
-    return replace(
-        reply,
+    return ReleaseReply(  # named one by one: a field that is added here stays here
+        task=reply.task,
+        cancer=reply.cancer,
+        patients=reply.patients,
+        events=reply.events,
         arms={arm: ArmScore() for arm in reply.arms},
         routing={},
         zero_shot_choice={},

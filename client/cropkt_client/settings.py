@@ -14,7 +14,12 @@ from cropkt.messages import SiteName
 
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}( [0-9a-f]{4}){7}$")]
 Asked = Literal[
-    "query.describe", "train.expert", "evaluate.transfer", "train.router", "evaluate.release"
+    "query.describe",
+    "train.expert",
+    "evaluate.transfer",
+    "train.router",
+    "train.fedavg",
+    "evaluate.release",
 ]
 ASKED: tuple[Asked, ...] = (
     "query.describe",
@@ -23,6 +28,7 @@ ASKED: tuple[Asked, ...] = (
     "train.router",
     "evaluate.release",
 )
+"""By default. `train.fedavg` gives away more models than one, and has to be named."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -27,6 +27,7 @@ from cropkt.files import write_atomically
 from cropkt.messages import (
     DescribeRequest,
     ExpertRequest,
+    FedAvgRequest,
     Message,
     RouterRequest,
     load,
@@ -114,12 +115,16 @@ class Site:
     def keep_answer(self, request: Message, reply: Message) -> None:
         """Remember an answer before it is sent, so that the task never runs twice."""
         save(reply, self._answer(request))
-        if isinstance(request, ExpertRequest | RouterRequest):
+        if isinstance(request, ExpertRequest | RouterRequest | FedAvgRequest):
             for name in ("training", "private"):
                 self._checkpoint(request.cancer, name).unlink(missing_ok=True)
 
     def checkpoint(
-        self, request: ExpertRequest | RouterRequest, cohort: Cohort, *, private: str = ""
+        self,
+        request: ExpertRequest | RouterRequest | FedAvgRequest,
+        cohort: Cohort,
+        *,
+        private: str = "",
     ) -> Checkpoint:
         """Return where the training of this request from these patients is kept.
 

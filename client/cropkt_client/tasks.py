@@ -28,32 +28,54 @@ from cropkt.experts.bank import Opinions
 from cropkt.experts.training import Plan, standardise_for, train_experts
 from cropkt.messages import (
     Arm,
-    ArmScore,
     CohortCount,
     DescribeReply,
     DescribeRequest,
     ExpertReply,
     ExpertRequest,
+    FedAvgReply,
+    FedAvgRequest,
     ReleaseReply,
     ReleaseRequest,
     RouterReply,
     RouterRequest,
     Score,
+    Shots,
     Signed,
+    SourceScore,
     TransferReply,
     TransferRequest,
     Weights,
 )
 from cropkt.survival.metrics import Estimate, out_of_fold
+from cropkt.transfer.arms import (
+    CONTROLS,
+    Job,
+    Prediction,
+    Spent,
+    arms_of,
+    predictions,
+    router_arm,
+    untrained,
+)
+from cropkt.transfer.few_shot import few_shot
 from cropkt.transfer.router_training import RouterStack
-from cropkt.transfer.scores import zero_shot
 from cropkt.transfer.target import Target
-from cropkt_client.private import PrivateExpert, kept_here, refuse_shared, withheld
+from cropkt_client.findings import arm_score, verdict, voices
+from cropkt_client.private import (
+    PrivateExpert,
+    kept_here,
+    refuse_rounds,
+    refuse_shared,
+    withheld,
+)
 from cropkt_client.signing import accept, accept_models, accept_sources, audited, sign_expert
 from cropkt_client.site import Site
 from cropkt_client.trust import Trust
 
 log = logging.getLogger("cropkt.client")
+
+UNTRAINED = 8  # experts that every source is compared with
 
 
 def describe(request: DescribeRequest, site: Site) -> DescribeReply:
@@ -98,12 +120,7 @@ def fit_expert(request: ExpertRequest, site: Site) -> ExpertReply:
             excluded=plan.excluded,
             cancer=request.cancer,
         )
-    if request.weights is None:
-        experts = Abmil.initial(
-            study.shape, seed=study.seed, hazard=study.initial_hazard, models=models
-        ).to(site.device)
-    else:
-        experts = _experts(site, study.shape, request.weights, models=models)
+    experts = _start(site, study, request.weights, models=models)
     experts = train_experts(
         cohort,
         plan,
@@ -113,7 +130,8 @@ def fit_expert(request: ExpertRequest, site: Site) -> ExpertReply:
         checkpoint=site.checkpoint(request, cohort),
     )
     weights = flatten(experts).cpu().numpy()
-    site.keep(f"{request.cancer}/experts", {"weights": weights})
+    spent = np.array(time.monotonic() - started)
+    site.keep(f"{request.cancer}/experts", {"weights": weights, "seconds": spent})
     shared = plan.model() if study.source == "all_patients" else plan.model(0)
     sent = list(range(models)) if request.shared else [shared]
     patients, events = len(cohort), int(cohort.event.sum())
@@ -150,12 +168,14 @@ def score_sources(request: TransferRequest, site: Site) -> TransferReply:
     target = _target(site, request.cancer, request.study)
     opinions = _opinions(site, target, request.weights, request.study)
     whole, *folds = target.source_scores(opinions)
+    control = untrained(request.study, UNTRAINED).to(site.device)
+    leads = target.leads_over(opinions[0], target.consult(control, request.study)[0])
     return TransferReply(
         task=request.task,
         cancer=request.cancer,
         patients=len(target.cohort),
         events=int(target.cohort.event.sum()),
-        scores=tuple(_score(score) for score in whole),
+        scores=tuple(map(_source_score, whole, *leads)),
         training_scores=tuple(tuple(_score(score) for score in row) for row in folds),
         seconds=time.monotonic() - started,
     )
@@ -185,7 +205,8 @@ def fit_router(request: RouterRequest, site: Site) -> RouterReply:
         stack.load(_checked(request.routers, stack.module, models=target.views))
     stack.train(checkpoint=site.checkpoint(request, target.cohort))
     weights = flatten(stack.module).cpu().numpy()
-    site.keep(f"{request.cancer}/routers", {"weights": weights})
+    spent = np.array(time.monotonic() - started)
+    site.keep(f"{request.cancer}/routers", {"weights": weights, "seconds": spent})
     return RouterReply(
         task=request.task,
         cancer=request.cancer,
@@ -193,6 +214,32 @@ def fit_router(request: RouterRequest, site: Site) -> RouterReply:
         events=int(target.cohort.event.sum()),
         weights=None if private else weights if request.shared else weights[:1],
         seconds=0.0 if private else time.monotonic() - started,
+    )
+
+
+def fit_fedavg(request: FedAvgRequest, site: Site) -> FedAvgReply:
+    """Train the model of all cancers, of all patients and without each fold."""
+    started = time.monotonic()
+    study = request.study
+    refuse_rounds(request, site)
+    cohort, nested = _patients(site, request.cancer, study)
+    plan = Plan.one_a_fold(nested.folds, whole=True)
+    models = _start(site, study, request.weights, models=len(plan.excluded))
+    models = train_experts(
+        cohort,
+        plan,
+        initial=models,
+        config=study.training,
+        seed=study.seed + 1000 * request.round,
+        checkpoint=site.checkpoint(request, cohort),
+    )
+    return FedAvgReply(
+        task=request.task,
+        cancer=request.cancer,
+        patients=len(cohort),
+        events=int(cohort.event.sum()),
+        weights=flatten(models).cpu().numpy(),
+        seconds=time.monotonic() - started,
     )
 
 
@@ -211,32 +258,76 @@ def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
     stack = _routers(site, target, sources["weights"], study)
     learnt = routers["weights"] if request.routers is None else request.routers
     stack.load(_checked(learnt, stack.module, models=target.views))
-    routed, weights = stack.predict()
-    opinions = _opinions(site, target, sources["weights"], study)
-    bare = zero_shot(target.pairs, target.folds, [opinion.risk for opinion in opinions[1:]])
-    risks: dict[Arm, NDArray[np.float64]] = {
-        "local": target.local_risk(),
-        "zero_shot": bare.risk,
-        "roupkt": routed,
-    }
-    arms = out_of_fold(
-        target.cohort.days, target.cohort.event, target.folds, risks, seed=study.seed
+    job = Job(
+        target=target,
+        study=study,
+        sources=_experts(site, study.shape, sources["weights"], models=len(names)),
+        opinions=_opinions(site, target, sources["weights"], study),
+        router=stack,
+        everyone=_everyone(request, study),
+        before=_before(site, cancer, study),
+    )
+    said = predictions(job, arms_of(study))
+    _keep_predictions(site, cancer, job, said)
+    cohort = target.cohort
+    scores = out_of_fold(
+        cohort.days,
+        cohort.event,
+        target.folds,
+        {arm: prediction.risk for arm, (prediction, _) in said.items()},
+        seed=study.seed,
+        controls=[arm for arm in CONTROLS if arm in said],
     )
     choice: Counter[Literal["vote"] | Cancer] = Counter(
-        "vote" if index is None else names[index] for index in bare.choice
+        "vote" if index is None else names[index] for index in job.zero_shot.choice
     )
+    _, weights = job.routed
     found = ReleaseReply(
         task=request.task,
         cancer=cancer,
-        patients=len(target.cohort),
-        events=int(target.cohort.event.sum()),
-        arms={arm: _arm_score(estimate) for arm, estimate in arms.items()},
+        patients=len(cohort),
+        events=int(cohort.event.sum()),
+        arms={arm: arm_score(scores[arm], *said[arm], target) for arm in said},
         routing=dict(zip([cancer, *names], map(float, weights.mean(0)), strict=True)),
         zero_shot_choice=dict(choice),
-        reason="" if arms["local"].c_index is not None else "no comparable pair within a fold",
+        reason="" if scores["local"].c_index is not None else "no comparable pair within a fold",
+        verdict=verdict(job.guarded),
+        voices=voices(job.guarded, cancer, names),
+        few_shot=tuple(
+            Shots(patients=shots, arms=arms) for shots, arms in few_shot(target, job.sources, study)
+        ),
         seconds=time.monotonic() - started,
     )
     return found if site.config.privacy is None else kept_here(found, site)
+
+
+def _everyone(request: ReleaseRequest, study: StudyConfig) -> Weights | None:
+    """Return the models of all cancers that came along, checked in number and width."""
+    if request.everyone is None:
+        return None
+    return _checked(request.everyone, Abmil(study.shape), models=1 + study.folds)
+
+
+def _before(site: Site, cancer: Cancer, study: StudyConfig) -> dict[Arm, float]:
+    """Return the seconds that this site spent earlier on what an arm trains."""
+    trained: dict[Arm, str] = {"local": "experts", router_arm(study.router): "routers"}
+    kept = {arm: site.kept(f"{cancer}/{name}") or {} for arm, name in trained.items()}
+    return {arm: float(found["seconds"]) for arm, found in kept.items() if "seconds" in found}
+
+
+def _keep_predictions(
+    site: Site, cancer: Cancer, job: Job, said: dict[Arm, tuple[Prediction, Spent]]
+) -> None:
+    """Keep on site what each arm says of each patient, and whom it listened to."""
+    site.keep(
+        f"{cancer}/predictions",
+        {
+            "patients": np.array(job.target.cohort.patient_ids),
+            "folds": job.target.folds,
+            "router_weights": job.routed[1],
+            **{f"risk_{arm}": prediction.risk for arm, (prediction, _) in said.items()},
+        },
+    )
 
 
 def _patients(site: Site, cancer: Cancer, study: StudyConfig) -> tuple[Cohort, Plan]:
@@ -302,6 +393,14 @@ def _opinions(site: Site, target: Target, weights: Weights, study: StudyConfig) 
     return views if len(views) > 1 else views * target.views
 
 
+def _start(site: Site, study: StudyConfig, weights: Weights | None, *, models: int) -> Abmil:
+    """Return the models that a training starts from: those that came, or M0 as often."""
+    if weights is not None:
+        return _experts(site, study.shape, weights, models=models)
+    m0 = Abmil.initial(study.shape, seed=study.seed, hazard=study.initial_hazard, models=models)
+    return m0.to(site.device)
+
+
 def _experts(site: Site, shape: ExpertShape, weights: Weights, *, models: int) -> Abmil:
     """Return experts on the site's device, from rows of weights, checked in number and width."""
     _checked(weights, Abmil(shape), models=models)
@@ -320,17 +419,11 @@ def _score(estimate: Estimate) -> Score:
     return Score(c_index=estimate.c_index, se=estimate.se)
 
 
-def _arm_score(estimate: Estimate) -> ArmScore:
-    return ArmScore(
+def _source_score(estimate: Estimate, lead: float, error: float) -> SourceScore:
+    known = bool(np.isfinite(lead) and np.isfinite(error))
+    return SourceScore(
         c_index=estimate.c_index,
         se=estimate.se,
-        low=estimate.low,
-        high=estimate.high,
-        pairs=estimate.pairs,
-        fold_mean=estimate.fold_mean,
-        pooled=estimate.pooled,
-        gain=estimate.gain,
-        gain_se=estimate.gain_se,
-        gain_low=estimate.gain_low,
-        gain_high=estimate.gain_high,
+        lead=float(lead) if known else None,
+        lead_se=min(1.0, float(error)) if known else None,
     )

@@ -9,6 +9,7 @@ from cropkt.experts.card import AuditSummary, read_card
 from cropkt.messages import (
     DescribeReply,
     ExpertReply,
+    FedAvgReply,
     Message,
     ReleaseReply,
     RouterReply,
@@ -72,6 +73,8 @@ def _contents(answer: Message) -> Iterator[str]:
             yield "that a router was trained; it stays here"
         else:
             yield f"{_models(answer.weights.shape, 'router')}, trained on these patients"
+    elif isinstance(answer, FedAvgReply):
+        yield f"{_models(answer.weights.shape, 'model')} of all cancers, trained on these patients"
     elif isinstance(answer, TransferReply):
         rows = 1 + len(answer.training_scores)
         yield f"scores of {len(answer.scores)} experts of other cancers on these patients"
@@ -79,7 +82,12 @@ def _contents(answer: Message) -> Iterator[str]:
     elif isinstance(answer, ReleaseReply):
         for arm, score in answer.arms.items():
             yield f"{arm}: {_score(score)}"
-        yield f"how much {len(answer.routing)} experts are heard, on average"
+        yield f"how much {len(answer.routing)} experts are heard, on average over the patients"
+        if answer.verdict is not None:
+            yield f"how far other cancers are trusted here: {answer.verdict.share:.2f} of 1"
+        for shots in answer.few_shot:
+            few = f"with {shots.patients} patients to learn from"
+            yield f"C-indices of {len(shots.arms)} arms {few}"
     yield "how many seconds the work took"
 
 

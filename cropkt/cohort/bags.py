@@ -7,7 +7,7 @@ Shapes: n patients, N patches of one bag, P patches of several, D feature width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from cropkt.cohort.splits import comparable_pairs
 from cropkt.errors import BagShapeError, CohortError, MissingSlideError, NotEstimableError
 from cropkt.survival.bins import time_bins
 
-__all__ = ["Cohort", "PackedBags", "SlideSource", "load_cohort"]
+__all__ = ["Cohort", "PackedBags", "SlideSource", "load_cohort", "mean_pooled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -144,6 +144,37 @@ class Cohort:
                     "Its file changed since the cohort was loaded: load it again",
                 )
         return pieces
+
+
+class _Means:
+    """Slides of one patch each: the mean over all patches of a patient, read once."""
+
+    def __init__(self, cohort: Cohort) -> None:
+        self._means = {
+            str(i): cohort.bag(i).float().mean(0, keepdim=True) for i in range(len(cohort))
+        }
+
+    def __contains__(self, slide_id: object) -> bool:
+        return slide_id in self._means
+
+    def shape(self, slide_id: str) -> tuple[int, int]:
+        patches, width = self._means[slide_id].shape
+        return patches, width
+
+    def features(self, slide_id: str) -> Tensor:
+        return self._means[slide_id]
+
+    def coords(self, slide_id: str) -> Tensor | None:
+        return None
+
+    def slide_ids(self) -> Iterable[str]:
+        return sorted(self._means)
+
+
+def mean_pooled(cohort: Cohort) -> Cohort:
+    """Return the same patients with one patch each: the mean of theirs."""
+    slides = tuple((str(i),) for i in range(len(cohort)))
+    return replace(cohort, slides=slides, source=_Means(cohort))
 
 
 def load_cohort(

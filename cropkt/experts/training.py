@@ -31,11 +31,18 @@ class Plan:
 
     folds: NDArray[np.int64]  # (n,) fold of each patient
     excluded: tuple[tuple[int, ...], ...]  # (F) the folds that each model leaves out
+    kept: NDArray[np.bool_] | None = None  # (n,) who may be learnt from; None: everybody
 
     @classmethod
-    def cross_fitted(cls, folds: NDArray[np.int64]) -> Plan:
+    def cross_fitted(cls, folds: NDArray[np.int64], kept: NDArray[np.bool_] | None = None) -> Plan:
         """Return the models of nested cross-fitting: all, all but f, all but f and g."""
-        return cls(folds, cross_fitted(int(folds.max()) + 1))
+        return cls(folds, cross_fitted(int(folds.max()) + 1), kept)
+
+    @classmethod
+    def one_a_fold(cls, folds: NDArray[np.int64], *, whole: bool = False) -> Plan:
+        """Return K models, each of which leaves its fold out, after one of all if `whole`."""
+        single: tuple[tuple[int, ...], ...] = tuple((f,) for f in range(int(folds.max()) + 1))
+        return cls(folds, ((), *single) if whole else single)
 
     def model(self, *excluded: int) -> int:
         """Return the index of the model that leaves out exactly these folds."""
@@ -43,7 +50,8 @@ class Plan:
 
     def learns(self) -> NDArray[np.bool_]:
         """Return (F, n): True where the model may learn from the patient."""
-        return np.stack([~np.isin(self.folds, left_out) for left_out in self.excluded])
+        learns = np.stack([~np.isin(self.folds, left_out) for left_out in self.excluded])
+        return learns if self.kept is None else learns & self.kept
 
 
 def cross_fitted(folds: int) -> tuple[tuple[int, ...], ...]:
@@ -74,6 +82,11 @@ def updates_per_epoch(patients: int, config: OptimiserConfig) -> int:
     """Return how many groups `batches` yields."""
     whole = patients // config.batch
     return max(1, whole if config.drop_last else round(patients / config.batch))
+
+
+def epochs(patients: int, config: OptimiserConfig) -> int:
+    """Return how many epochs a training takes."""
+    return max(config.epochs, ceil(config.minimum_updates / updates_per_epoch(patients, config)))
 
 
 def fit(
@@ -108,13 +121,12 @@ def fit(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    updates = updates_per_epoch(patients, config)
-    epochs = max(config.epochs, ceil(config.minimum_updates / updates))
-    total, warmup = epochs * updates, config.warmup_epochs * updates
+    updates, last = updates_per_epoch(patients, config), epochs(patients, config)
+    total, warmup = last * updates, config.warmup_epochs * updates
     rng = np.random.default_rng(seed)
     training = Training(module=module, optimizer=optimizer, rng=rng, generators=generators)
     done = checkpoint.resume(training) if checkpoint else 0
-    for epoch in range(done, epochs):
+    for epoch in range(done, last):
         for at, chosen in enumerate(batches(patients, config, rng), start=epoch * updates):
             factor = cosine_with_warmup(at, total=total, warmup=warmup)
             for group in optimizer.param_groups:
@@ -132,7 +144,7 @@ def fit(
         if checkpoint:
             checkpoint.save(training, epoch + 1)
         if on_epoch:
-            on_epoch(epoch + 1, epochs)
+            on_epoch(epoch + 1, last)
 
 
 def train_experts(
@@ -144,10 +156,12 @@ def train_experts(
     seed: int,
     on_epoch: Callable[[int, int], None] | None = None,
     checkpoint: Checkpoint | None = None,
+    outcomes: tuple[NDArray[np.int64], NDArray[np.bool_]] | None = None,
 ) -> Abmil:
     """Train the F models of `plan` in place, from the weights in `initial`, and return them.
 
-    It runs where `initial` lies.
+    It runs where `initial` lies. `outcomes` are bins and events (F, n) of each model's own, in
+    place of the cohort's. Where the plan keeps few patients, updates are made of those alone.
 
     Raises:
         TrainingFailedError: the loss is no longer finite.
@@ -155,25 +169,31 @@ def train_experts(
     initial.requires_grad_(True)
     device = device_of(initial)
     learns = torch.from_numpy(plan.learns()).to(device)  # (F, n)
-    bins = torch.from_numpy(cohort.time_bins).to(device)
-    event = torch.from_numpy(cohort.event).to(device)
+    of_bins, of_event = outcomes or (cohort.time_bins, cohort.event)
+    bins = torch.from_numpy(of_bins).to(device)
+    event = torch.from_numpy(of_event).to(device)
     generators = [
         torch.Generator().manual_seed(hash_seed(seed, *left_out)) for left_out in plan.excluded
     ]
     standardise_for(initial, cohort, plan, config)
 
-    def step(chosen: NDArray[np.int64]) -> Tensor:
+    kept = np.arange(len(cohort)) if plan.kept is None else np.flatnonzero(plan.kept)
+
+    def step(batch: NDArray[np.int64]) -> Tensor:
+        chosen = kept[batch]
         bags = moved(cohort.pack(chosen), device)
         out = initial.outputs(bags, dropout=config.dropout, generators=generators)
         losses = discrete_nll(
-            out.logits, bins[chosen], event[chosen], alpha=config.alpha, loss=config.loss
+            *(out.logits, bins[..., chosen], event[..., chosen]),
+            alpha=config.alpha,
+            loss=config.loss,
         )  # (F, B)
         return masked_mean(losses, learns[:, chosen])
 
     fit(
         initial,
         step,
-        patients=len(cohort),
+        patients=len(kept),
         config=config,
         seed=seed,
         on_epoch=on_epoch,

@@ -1,4 +1,5 @@
-"""Tables and figures of a study, made from nothing but its results dictionary.
+"""Tables, figures and the page of a study, made from nothing but its results dictionary.
 
-`write.write_report` writes them all; `tables` needs no matplotlib, so a terminal summary is quick.
+`write.write_report` leaves numbers, tables and two figures when a study ends, `page.write_page`
+the HTML page with everything; `tables` needs no matplotlib, so a terminal summary is quick.
 """

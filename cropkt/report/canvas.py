@@ -1,15 +1,14 @@
-"""Blank figures laid out in inches, saved as PNG files that depend on nothing but their content."""
+"""Blank figures laid out in inches; their PNG and SVG bytes depend on nothing but the content."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cropkt.files import replace_file
 from cropkt.report.schema import Results
 
 DPI = 150
@@ -55,17 +54,27 @@ def subtitle(results: Results) -> str:
     return ", ".join(facts)
 
 
-def save_empty(path: Path, title: str, message: str) -> None:
-    """Save a figure that says why there is nothing to draw."""
+def empty(title: str, message: str) -> Figure:
+    """Return a figure that says why there is nothing to draw."""
     figure = blank(7, 1.4)
     write_at(figure, 0.3, 0.3, title, bold=True)
     write_at(figure, 0.3, 0.75, message)
-    save(figure, path)
+    return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Save a figure as PNG; equal figures give equal bytes under one matplotlib."""
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG; equal figures give equal bytes under one matplotlib."""
     picture = io.BytesIO()
     # matplotlib would stamp its version into every file.
     figure.savefig(picture, format="png", dpi=DPI, metadata={"Software": None})
-    replace_file(path, picture.getvalue())
+    return picture.getvalue()
+
+
+def svg(figure: Figure) -> bytes:
+    """Return a figure as SVG, letters as outlines; equal figures give equal bytes."""
+    picture = io.BytesIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # Without a salt the ids in the file are random.
+    with rc_context({"svg.hashsalt": "cropkt", "svg.fonttype": "path"}):
+        figure.savefig(picture, format="svg", metadata=nothing)
+    return picture.getvalue()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from cropkt.report import values
-from cropkt.report.canvas import FAINT, INK, axes_at, blank, save, save_empty, subtitle, write_at
+from cropkt.report.canvas import FAINT, INK, axes_at, blank, empty, subtitle, write_at
 from cropkt.report.schema import Results, TargetResult
 from cropkt.report.sentences import signed
 
@@ -20,7 +19,8 @@ _TITLE = "What transfer gains over training on the cancer's own patients"
 _WIDTH, _HEIGHT = 12.0, 6.9
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.95, 0.35, 1.95, 1.3  # inches around the axes
 # Colours of Okabe and Ito, which colour-blind readers tell apart; the markers differ too.
-_STYLES = {"zero_shot": ("#D55E00", "o", "white"), "roupkt": ("#0072B2", "D", "#0072B2")}
+_ZERO_SHOT = ("#D55E00", "o", "white")
+_HEADLINE = ("#0072B2", "D", "#0072B2")
 _LABEL_WIDTH = 0.14  # inches that one upright label needs
 
 
@@ -34,21 +34,21 @@ class _Point:
     target: TargetResult
 
 
-def draw_gain(results: Results, path: Path) -> None:
-    """Draw the gain of zero-shot transfer and of ROUPKT per target cancer, as a PNG.
+def draw_gain(results: Results) -> Figure:
+    """Draw the gain of zero-shot transfer and of the headline arm per target cancer.
 
     Whiskers are the paired 95 % intervals of the gain, where the results give them. Cancers
     with (nearly) equal event counts stand side by side; each label has the exact count.
     """
+    styles = {"zero_shot": _ZERO_SHOT, values.headline(results): _HEADLINE}
     drawable = [
         (cancer, target)
         for cancer, target in values.targets_of(results).items()
         if (target.get("events") or 0) > 0
-        and any(values.gain(target, arm) is not None for arm in _STYLES)
+        and any(values.gain(target, arm) is not None for arm in styles)
     ]
     if not drawable:
-        save_empty(path, _TITLE, "No cancer has both a local C-index and one after transfer.")
-        return
+        return empty(_TITLE, "No cancer has both a local C-index and one after transfer.")
     figure = blank(_WIDTH, _HEIGHT)
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     axes = axes_at(figure, _LEFT, _BOTTOM, width, height)
@@ -60,7 +60,10 @@ def draw_gain(results: Results, path: Path) -> None:
     points = _place(drawable, gap)
     low, high = min(low, points[0].place - gap), max(high, points[-1].place + gap)
     axes.set_xlim(low, high)
-    whiskers = [_draw_arm(axes, points, arm, gap) for arm in _STYLES]
+    whiskers = [
+        _draw_arm(axes, points, arm, style, aside)
+        for (arm, style), aside in zip(styles.items(), (-0.2 * gap, 0.2 * gap), strict=True)
+    ]
     _few_events(axes, points, low)
     _label(axes, points)
     _legend(figure, axes)
@@ -70,7 +73,7 @@ def draw_gain(results: Results, path: Path) -> None:
     if left_out:
         text = f"Not drawn, as a gain or the count of events is missing: {', '.join(left_out)}."
         write_at(figure, _LEFT, _HEIGHT - 0.42, textwrap.fill(text, 130))
-    save(figure, path)
+    return figure
 
 
 def _place(drawable: list[tuple[str, TargetResult]], gap: float) -> list[_Point]:
@@ -101,10 +104,11 @@ def spread(places: list[float], gap: float) -> list[float]:
     return [mean + rank * gap for rank, mean in enumerate(flat)]
 
 
-def _draw_arm(axes: Axes, points: list[_Point], arm: str, gap: float) -> bool:
-    """Draw one arm's gains; tell whether any of them has a whisker."""
-    colour, marker, face = _STYLES[arm]
-    aside = gap * (0.2 if arm == "roupkt" else -0.2)
+def _draw_arm(
+    axes: Axes, points: list[_Point], arm: str, style: tuple[str, str, str], aside: float
+) -> bool:
+    """Draw one arm's gains, moved `aside`; tell whether any of them has a whisker."""
+    colour, marker, face = style
     whiskers = False
     for point in points:
         gain = values.gain(point.target, arm)

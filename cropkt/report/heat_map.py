@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -15,8 +14,8 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from cropkt.report import values
-from cropkt.report.canvas import FAINT, INK, axes_at, blank, save, save_empty, subtitle, write_at
+from cropkt.report import significance, values
+from cropkt.report.canvas import FAINT, INK, axes_at, blank, empty, subtitle, write_at
 from cropkt.report.groups import grouped
 from cropkt.report.schema import Results, TransferScore
 from cropkt.report.sentences import number
@@ -74,31 +73,31 @@ class _Colours:
     beyond: bool  # some score lies outside
 
 
-def draw_transfer(results: Results, path: Path) -> None:
-    """Draw sources as rows and targets as columns, related cancers side by side, as a PNG.
+def draw_transfer(results: Results) -> Figure:
+    """Draw sources as rows and targets as columns, related cancers side by side.
 
     Colours diverge from .5. Hatched cells are not estimable, blank ones were not measured. Bold
-    values lie more than 1.96 standard errors from .5; frames mark planted relatives.
+    values are significant, as `significance.strictest` has it; frames mark planted relatives.
     """
     transfer = results.get("transfer", {})
     cancers = {*transfer, *(source for scores in transfer.values() for source in scores)}
     if not cancers:
-        save_empty(path, _TITLE, "No transfer between cancers was measured in this study.")
-        return
+        return empty(_TITLE, "No transfer between cancers was measured in this study.")
     layout = _Layout.of(grouped(cancers))
-    colours = _colours(transfer)
+    colours, test = _colours(transfer), significance.strictest(transfer)
     figure = blank(max(_LEFT + layout.side + _RIGHT, 7.4), _TOP + layout.side + _BOTTOM)
     axes = axes_at(figure, _LEFT, _BOTTOM, layout.side, layout.side)
     for target, column in layout.starts.items():
         for source, row in layout.starts.items():
-            _draw_cell(axes, (column, row), transfer.get(target, {}).get(source), colours)
+            score = transfer.get(target, {}).get(source)
+            _draw_cell(axes, (column, row), score, colours, test)
     framed = _frame_relatives(axes, layout, results)
     _label(axes, layout)
     _colour_bar(figure, layout, colours)
     _legend(figure, axes, transfer, len(cancers), framed=framed)
     write_at(figure, 0.3, 0.25, _TITLE, bold=True)
-    write_at(figure, 0.3, 0.56, _caption(results))
-    save(figure, path)
+    write_at(figure, 0.3, 0.56, _caption(results, test))
+    return figure
 
 
 def _colours(transfer: dict[str, dict[str, TransferScore]]) -> _Colours:
@@ -112,7 +111,11 @@ def _colours(transfer: dict[str, dict[str, TransferScore]]) -> _Colours:
 
 # Cells go in as artists, not patches: the limits of the axes are known, not to be found.
 def _draw_cell(
-    axes: Axes, corner: tuple[float, float], score: TransferScore | None, colours: _Colours
+    axes: Axes,
+    corner: tuple[float, float],
+    score: TransferScore | None,
+    colours: _Colours,
+    test: significance.Test,
 ) -> None:
     inner = corner[0] + 0.03, corner[1] + 0.03
     if score is None:
@@ -124,8 +127,7 @@ def _draw_cell(
         return
     shade = colours.shades(float(colours.scale(c_index)))
     axes.add_artist(Rectangle(corner, 1, 1, facecolor=shade, edgecolor="white", linewidth=0.6))
-    se = values.finite(score.get("se"))
-    clear = se is not None and abs(c_index - 0.5) > 1.96 * se
+    clear = significance.significant(score, test)
     luminance = float(np.dot(shade[:3], (0.299, 0.587, 0.114)))
     axes.text(
         corner[0] + 0.5,
@@ -231,11 +233,11 @@ def _legend(
         )
 
 
-def _caption(results: Results) -> str:
+def _caption(results: Results, test: significance.Test) -> str:
     """Return the lines under the title, short enough for a map of one cancer."""
     facts = subtitle(results)
     reading = (
         "Above .5: better than chance. Diagonal: the target's own expert, out of fold.\n"
-        "Bold: more than 1.96 standard errors from .5, not corrected for the number of pairs."
+        f"Bold: {significance.IN_WORDS[test]}."
     )
     return f"{facts[:1].upper()}{facts[1:]}.\n{reading}" if facts else reading

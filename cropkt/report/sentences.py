@@ -22,15 +22,26 @@ def signed(value: float, digits: int = 2) -> str:
     return text if text.startswith("-") or not text.strip("0.") else f"+{text}"
 
 
+def difference(value: float, ends: tuple[float, float] | None = None, digits: int = 2) -> str:
+    """Return a difference with its interval: `+.04 (-.01 to +.09)`.
+
+    A third digit is shown where an end would read as .00, so that its sign is seen.
+    """
+    if ends is not None and any(0 < abs(end) < 0.5 * 10**-digits for end in ends):
+        digits = 3
+    text = signed(value, digits)
+    return f"{text} ({signed(ends[0], digits)} to {signed(ends[1], digits)})" if ends else text
+
+
 def summary_lines(results: Results) -> list[str]:
     """Return sentences on means, gains, what could not be estimated, and what failed.
 
     Means go over the cancers with at least `values.MIN_EVENTS` events in which every main arm
     is estimable, so that all arms are judged on the same cancers.
     """
-    targets = values.targets_of(results)
-    lines = [*_means(results, targets), *_gains(targets), *_intervals(targets)]
-    lines += [*_planted(results), *_not_estimable(targets), *_failed(results)]
+    targets, headline = values.targets_of(results), values.headline(results)
+    lines = [*_means(results, targets), *_gains(targets, headline), *_intervals(targets, headline)]
+    lines += [*planted(results), *not_estimable(targets), *failed(results)]
     return lines if targets else ["No target was evaluated.", *lines]
 
 
@@ -39,19 +50,19 @@ def _means(results: Results, targets: dict[str, TargetResult]) -> list[str]:
     if not known:
         return ["No cancer has 5 events, so no mean is given."] if targets else []
     arms = values.arm_names(results)
-    main = [arm for arm in arms if arm in values.MAIN_ARMS]
+    main = [arm for arm in values.main_arms(results) if arm in arms]
     complete = [t for t in known.values() if main and _all_estimable(t, main)]
     lines = []
     if complete:
         means = ", ".join(f"{values.arm_title(a)} {_mean(complete, a)}" for a in main)
         lines.append(
-            f"Mean C-index over {_cancers(len(complete))} with at least "
+            f"Mean C-index over {cancers(len(complete))} with at least "
             f"{values.MIN_EVENTS} events: {means}."
         )
     left_out = [c for c, t in known.items() if not main or not _all_estimable(t, main)]
     if left_out:
         lines.append(f"Left out of the mean, for want of an arm: {', '.join(left_out)}.")
-    others = [arm for arm in arms if arm not in values.MAIN_ARMS]
+    others = [arm for arm in arms if arm not in main]
     return lines + [line for arm in others for line in _further_arm(known, arm)]
 
 
@@ -62,80 +73,85 @@ def _further_arm(known: dict[str, TargetResult], arm: str) -> list[str]:
     return [
         (
             f"{values.arm_title(arm)}: mean C-index {_mean(both, arm)} against local "
-            f"{_mean(both, 'local')}, over {_cancers(len(both))}."
+            f"{_mean(both, 'local')}, over {cancers(len(both))}."
         )
     ]
 
 
-def _gains(targets: dict[str, TargetResult]) -> list[str]:
+def _gains(targets: dict[str, TargetResult], headline: str) -> list[str]:
     gains = {
         c: g
         for c, t in targets.items()
-        if values.enough_events(t) and (g := values.gain(t)) is not None
+        if values.enough_events(t) and (g := values.gain(t, headline)) is not None
     }
     if not gains:
         return []
     above = sum(gain > 0 for gain in gains.values())
     below = sum(gain < 0 for gain in gains.values())
     line = (
-        f"ROUPKT is above local in {above} and below it in {below} of "
-        f"{_cancers(len(gains))} with at least {values.MIN_EVENTS} events"
+        f"{values.arm_title(headline)} is above local in {above} and below it in {below} of "
+        f"{cancers(len(gains))} with at least {values.MIN_EVENTS} events"
     )
-    with_interval = [c for c in gains if values.gain_interval(targets[c]) is not None]
+    with_interval = [c for c in gains if values.gain_interval(targets[c], headline) is not None]
     if not with_interval:
         return [f"{line}; no interval of a gain is given, so none can be told from noise."]
-    ups = [c for c in with_interval if values.beyond_noise(targets[c]) > 0]
-    downs = [c for c in with_interval if values.beyond_noise(targets[c]) < 0]
+    ups = [c for c in with_interval if values.beyond_noise(targets[c], headline) > 0]
+    downs = [c for c in with_interval if values.beyond_noise(targets[c], headline) < 0]
     of = "" if len(with_interval) == len(gains) else f" of the {len(with_interval)} that have one"
     return [
         f"{line}.",
         (
-            f"The interval of the gain lies above 0 in {_named(ups)} "
-            f"and below 0 in {_named(downs)}{of}."
+            f"The interval of the gain lies above 0 in {named(ups)} "
+            f"and below 0 in {named(downs)}{of}."
         ),
     ]
 
 
-def _intervals(targets: dict[str, TargetResult]) -> list[str]:
+def _intervals(targets: dict[str, TargetResult], headline: str) -> list[str]:
     pairs = [
         (a, b)
         for t in targets.values()
-        if (a := values.interval(t, "local")) and (b := values.interval(t, "roupkt"))
+        if (a := values.interval(t, "local")) and (b := values.interval(t, headline))
     ]
     if any(values.interval(t, arm) for t in targets.values() for arm in t.get("arms", {})):
         line = "Intervals in brackets are 95 % bootstrap intervals over patients"
         overlap = sum(a[0] <= b[1] and b[0] <= a[1] for a, b in pairs)
         if pairs:
-            line += f"; those of local and ROUPKT overlap in {overlap} of {_cancers(len(pairs))}"
+            line += (
+                f"; those of local and {values.arm_title(headline)} overlap in {overlap} of "
+                f"{cancers(len(pairs))}"
+            )
         return [f"{line}."]
     return []
 
 
-def _planted(results: Results) -> list[str]:
-    planted = results.get("planted")
-    if not planted:
+def planted(results: Results) -> list[str]:
+    """Return what the simulator planted, and whether the study found it."""
+    truth = results.get("planted")
+    if not truth:
         return []
     lines = []
-    if "targets_routed_to_relatives" in planted and "of" in planted:
+    if "targets_routed_to_relatives" in truth and "of" in truth:
         lines.append(
             "Synthetic data: routing put more weight on the planted relatives than on "
-            f"the rest for {planted['targets_routed_to_relatives']} of {planted['of']} "
+            f"the rest for {truth['targets_routed_to_relatives']} of {truth['of']} "
             "targets."
         )
     best = [
         value
-        for v in planted.get("best_c_index", {}).values()
+        for v in truth.get("best_c_index", {}).values()
         if (value := values.finite(v)) is not None
     ]
     if best:
         lines.append(
             f"Synthetic data: the planted risk itself would reach a mean C-index of "
-            f"{number(fmean(best), 3)} over {_cancers(len(best))}."
+            f"{number(fmean(best), 3)} over {cancers(len(best))}."
         )
     return lines
 
 
-def _not_estimable(targets: dict[str, TargetResult]) -> list[str]:
+def not_estimable(targets: dict[str, TargetResult]) -> list[str]:
+    """Return which arms are not estimable, and why."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for cancer, target in targets.items():
         for arm, found in target.get("arms", {}).items():
@@ -148,7 +164,8 @@ def _not_estimable(targets: dict[str, TargetResult]) -> list[str]:
     ]
 
 
-def _failed(results: Results) -> list[str]:
+def failed(results: Results) -> list[str]:
+    """Return what failed, and why."""
     return [
         f"Failed: {row['row']} ({row.get('cause') or 'no cause recorded'})."
         for row in results.get("failed", [])
@@ -163,9 +180,16 @@ def _mean(targets: list[TargetResult], arm: str) -> str:
     return number(fmean(c for t in targets if (c := values.c_index(t, arm)) is not None), 3)
 
 
-def _cancers(count: int) -> str:
+def cancers(count: int) -> str:
+    """Return a number of cancers in words."""
     return "1 cancer" if count == 1 else f"{count} cancers"
 
 
-def _named(cancers: list[str]) -> str:
-    return f"{len(cancers)} ({', '.join(cancers)})" if cancers else "none"
+def named(codes: list[str]) -> str:
+    """Return how many cancers there are and which."""
+    return f"{len(codes)} ({', '.join(codes)})" if codes else "none"
+
+
+def p_value(value: float) -> str:
+    """Return a p value as `p = .03`, the small ones as `p < .001`."""
+    return "p < .001" if value < 0.001 else f"p = {number(value, 2 if value >= 0.095 else 3)}"

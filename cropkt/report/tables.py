@@ -1,26 +1,20 @@
-"""Tables of a study: two CSV files, and the summary that the terminal shows.
+"""The summary of a study that a terminal shows.
 
 A C-index reads `.65 (.52-.77)`; `n/e` is one that the patients cannot determine, `-` one that
-the study did not evaluate. CSV files leave both empty; `results.json` tells them apart.
+the study did not evaluate.
 """
 
 from __future__ import annotations
-
-import csv
-import io
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from cropkt.files import replace_file
 from cropkt.report import values
-from cropkt.report.schema import Results, TargetResult, TransferScore
+from cropkt.report.schema import Results, TargetResult
 from cropkt.report.sentences import number, signed, summary_lines
 
-__all__ = ["summary_lines", "summary_table", "write_per_cancer_csv", "write_transfer_csv"]
+__all__ = ["summary_lines", "summary_table"]
 
 _MISSING = "-"
 _NOT_ESTIMABLE = "n/e"
@@ -28,54 +22,12 @@ _INTERVAL = len("(.51-1.00)")
 _HELPER = len("COADREAD .29,")
 
 
-def write_transfer_csv(results: Results, path: Path) -> None:
-    """Write who helps whom as a square matrix: rows are sources, columns are targets.
-
-    The C-indices come first, in columns named after the target; their standard errors follow,
-    in columns `<target>_se`. What is not estimable, or was not measured, is empty.
-    """
-    transfer = results.get("transfer", {})
-    cancers = sorted({*transfer, *(source for scores in transfer.values() for source in scores)})
-    rows: list[list[str]] = [["source", *cancers, *(f"{target}_se" for target in cancers)]]
-    for source in cancers:
-        scores = [transfer.get(target, {}).get(source) for target in cancers]
-        rows.append(
-            [source, *map(_score_cell, scores), *(_se_cell(score) for score in scores)],
-        )
-    _write_csv(rows, path)
-
-
-def write_per_cancer_csv(results: Results, path: Path) -> None:
-    """Write one row per target: its cohort, every arm with its interval, source and gain.
-
-    `gain` is the C-index of ROUPKT minus the local one; `gain_low` and `gain_high` are its
-    paired 95 % interval where the results give it.
-    """
-    arms = values.arm_names(results)
-    ends = [f"{arm}_{end}" for arm in arms for end in ("c_index", "low", "high")]
-    gain = ["gain", "gain_low", "gain_high"]
-    rows: list[list[str]] = [["cancer", "patients", "events", "sites", *ends, "best_source", *gain]]
-    for cancer, target in values.targets_of(results).items():
-        cohort = [target.get("patients"), target.get("events"), target.get("sites")]
-        rows.append(
-            [
-                cancer,
-                *("" if count is None else str(count) for count in cohort),
-                *(cell for arm in arms for cell in _arm_cells(target, arm)),
-                target.get("best_source") or "",
-                _csv_number(values.gain(target)),
-                *map(_csv_number, values.gain_interval(target) or (None, None)),
-            ]
-        )
-    _write_csv(rows, path)
-
-
 def summary_table(results: Results) -> Table:
     """Return the table that a terminal shows: one row per target cancer.
 
     Gains are coloured, but also signed and starred, so they read without colour too.
     """
-    targets = values.targets_of(results)
+    targets, main = values.targets_of(results), values.main_arms(results)
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -85,15 +37,15 @@ def summary_table(results: Results) -> Table:
     )
     # On a narrow terminal an interval moves below its C-index, and helpers stack up.
     table.add_column("cancer", no_wrap=True)
-    for heading in ("patients", _events_word(results)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("local", "zero-shot, usual choice", "ROUPKT"):
-        table.add_column(heading, min_width=_INTERVAL)
+    table.add_column(f"n/{_events_word(results)}", justify="right", no_wrap=True)
+    for arm in main:
+        choice = ", usual choice" if arm == "zero_shot" else ""
+        table.add_column(f"{values.arm_title(arm)}{choice}", min_width=_INTERVAL)
     table.add_column("gain", justify="right", no_wrap=True)
     table.add_column("who helps", min_width=_HELPER)
     for cancer, target in targets.items():
-        table.add_row(*_summary_row(cancer, target))
-    table.caption = Text(_footnote(targets.values()), style="dim")
+        table.add_row(*_summary_row(cancer, target, main))
+    table.caption = Text(_footnote(list(targets.values()), main), style="dim")
     return table
 
 
@@ -111,15 +63,16 @@ def _events_word(results: Results) -> str:
     return "deaths" if results.get("endpoint") in ("DSS", "OS") else "events"
 
 
-def _summary_row(cancer: str, target: TargetResult) -> list[Text]:
+def _summary_row(cancer: str, target: TargetResult, main: list[str]) -> list[Text]:
     counts = [target.get("patients"), target.get("events")]
     return [
         Text(cancer),
-        *(Text(_MISSING if count is None else str(count)) for count in counts),
-        _arm_text(target, "local"),
-        _zero_shot_text(target),
-        _arm_text(target, "roupkt"),
-        _gain_text(target),
+        Text("/".join(_MISSING if count is None else str(count) for count in counts)),
+        *(
+            _zero_shot_text(target) if arm == "zero_shot" else _arm_text(target, arm)
+            for arm in main
+        ),
+        _gain_text(target, main[-1]),
         _helpers_text(cancer, target),
     ]
 
@@ -145,12 +98,12 @@ def _zero_shot_text(target: TargetResult) -> Text:
     return text.append(" " * max(1, len(".65 (.51-1.00) ") - len(text)) + f"{name} {folds}/{of}")
 
 
-def _gain_text(target: TargetResult) -> Text:
-    gain = values.gain(target)
+def _gain_text(target: TargetResult, headline: str) -> Text:
+    gain = values.gain(target, headline)
     if gain is None:
-        both = all(values.arm_of(target, arm) is not None for arm in ("local", "roupkt"))
+        both = all(values.arm_of(target, arm) is not None for arm in ("local", headline))
         return Text(f"{_NOT_ESTIMABLE if both else _MISSING} ", style="dim")
-    sure = values.beyond_noise(target)
+    sure = values.beyond_noise(target, headline)
     text = f"{signed(gain)}{'*' if sure else ' '}"
     colour = "green" if gain > 0 else "red"
     if signed(gain) == ".00":
@@ -162,42 +115,19 @@ def _helpers_text(cancer: str, target: TargetResult) -> Text:
     found = values.helpers(cancer, target)
     if found is None:
         return Text(_MISSING, style="dim")
+    if (together := values.heard_alike(cancer, target)) is not None:
+        return Text(f"all alike: {number(together)}")
     return Text(", ".join(f"{source} {number(weight)}" for source, weight in found) or "nobody")
 
 
-def _footnote(targets: Iterable[TargetResult]) -> str:
-    every = list(targets)
-    notes = ["gain: ROUPKT minus local"]
-    arms = [values.arm_of(target, arm) for target in every for arm in values.MAIN_ARMS]
+def _footnote(targets: list[TargetResult], main: list[str]) -> str:
+    headline = main[-1]
+    notes = [f"gain: {values.arm_title(headline)} minus local"]
+    arms = [values.arm_of(target, arm) for target in targets for arm in main]
     if any(arm is not None and values.finite(arm.get("c_index")) is None for arm in arms):
         notes.append("n/e: not estimable from these patients")
     if any(arm is None for arm in arms):
         notes.append("-: not evaluated")
-    if any(values.beyond_noise(target) for target in every):
+    if any(values.beyond_noise(target, headline) for target in targets):
         notes.append(f"*: the interval of the gain excludes 0 ({values.MIN_EVENTS} events or more)")
     return "; ".join(notes)
-
-
-def _score_cell(score: TransferScore | None) -> str:
-    return _csv_number(score.get("c_index")) if score is not None else ""
-
-
-def _se_cell(score: TransferScore | None) -> str:
-    # A standard error of a C-index that does not exist would only mislead.
-    return _csv_number(score.get("se")) if score is not None and _score_cell(score) else ""
-
-
-def _arm_cells(target: TargetResult, arm: str) -> tuple[str, str, str]:
-    low, high = values.interval(target, arm) or (None, None)
-    return _csv_number(values.c_index(target, arm)), _csv_number(low), _csv_number(high)
-
-
-def _csv_number(value: float | None) -> str:
-    known = values.finite(value)
-    return "" if known is None else f"{known:.6f}"
-
-
-def _write_csv(rows: Iterable[Sequence[str]], path: Path) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    replace_file(path, text.getvalue().encode())

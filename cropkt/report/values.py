@@ -6,14 +6,35 @@ A number that is absent, None or not finite comes back as None, never as a stand
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-from cropkt.report.schema import ArmResult, Results, TargetResult
+from cropkt.report.schema import ArmResult, DifferenceResult, Results, TargetResult
 
-MAIN_ARMS = ("local", "zero_shot", "roupkt")
+HEADLINES = ("auto", "roupkt+", "roupkt")
+"""Arms that a study answers with: its headline is the first of these that it has."""
+CONTROLS = ("self_only", "random_init")
+"""A gain counts as transfer only where it is over both of these."""
+STANDS_OUT = 1.5  # times the mean weight of the sources
 MIN_EVENTS = 5
 """A C-index from fewer events is noise; means leave such cancers out."""
 
-_ARM_TITLES = {"local": "local", "zero_shot": "zero-shot", "roupkt": "ROUPKT"}
+_ARM_TITLES = {
+    "local": "local",
+    "finetune": "fine-tuned",
+    "zero_shot": "zero-shot",
+    "vote": "vote",
+    "roupkt": "ROUPKT",
+    "roupkt+": "ROUPKT+",
+    "merge": "merge",
+    "stack": "stack",
+    "fedavg": "FedAvg",
+    "fedavg_tuned": "FedAvg, tuned",
+    "auto": "auto",
+    "random_init": "untrained experts",
+    "permuted": "permuted labels",
+    "mean_pool": "mean pooling",
+    "self_only": "own expert, rescaled",
+}  # in the order in which tables show them
 
 
 def arm_title(arm: str) -> str:
@@ -32,9 +53,30 @@ def targets_of(results: Results) -> dict[str, TargetResult]:
 
 
 def arm_names(results: Results) -> list[str]:
-    """Return every arm that some target has: the main ones first, then the others by name."""
+    """Return every arm that some target has: known ones in a fixed order, then others by name."""
     present = {arm for target in targets_of(results).values() for arm in target.get("arms", {})}
-    return [a for a in MAIN_ARMS if a in present] + sorted(present.difference(MAIN_ARMS))
+    return [a for a in _ARM_TITLES if a in present] + sorted(present.difference(_ARM_TITLES))
+
+
+def in_order(arms: Iterable[str]) -> list[str]:
+    """Return arms in the order in which tables show them; unknown ones last, by name."""
+    known = list(_ARM_TITLES)
+    return sorted(arms, key=lambda a: (known.index(a) if a in known else len(known), a))
+
+
+def headline(results: Results) -> str:
+    """Return the arm that the study answers with; `auto` if it has none of them."""
+    present = arm_names(results)
+    return next((arm for arm in HEADLINES if arm in present), HEADLINES[0])
+
+
+def main_arms(results: Results) -> list[str]:
+    """Return the arms that a summary shows: local, zero-shot, one router, the headline.
+
+    The first three are there even where the study lacks them.
+    """
+    router = "roupkt+" if "roupkt+" in arm_names(results) else "roupkt"
+    return list(dict.fromkeys(("local", "zero_shot", router, headline(results))))
 
 
 def arm_of(target: TargetResult, arm: str) -> ArmResult | None:
@@ -54,13 +96,13 @@ def interval(target: TargetResult, arm: str) -> tuple[float, float] | None:
     return _pair(found.get("low"), found.get("high")) if found is not None else None
 
 
-def gain(target: TargetResult, arm: str = "roupkt") -> float | None:
+def gain(target: TargetResult, arm: str) -> float | None:
     """Return an arm's C-index minus the local one, or None unless both are estimable."""
     ours, local = c_index(target, arm), c_index(target, "local")
     return ours - local if ours is not None and local is not None else None
 
 
-def gain_interval(target: TargetResult, arm: str = "roupkt") -> tuple[float, float] | None:
+def gain_interval(target: TargetResult, arm: str) -> tuple[float, float] | None:
     """Return the paired 95 % interval of `gain`, or None unless the results give it.
 
     It is never derived from the intervals of the two arms: they share their patients, so the
@@ -72,7 +114,7 @@ def gain_interval(target: TargetResult, arm: str = "roupkt") -> tuple[float, flo
     return _pair(found.get("gain_low"), found.get("gain_high"))
 
 
-def beyond_noise(target: TargetResult, arm: str = "roupkt") -> int:
+def beyond_noise(target: TargetResult, arm: str) -> int:
     """Return 1 or -1 if the interval of the gain lies above or below 0, else 0.
 
     With fewer than `MIN_EVENTS` events it is 0: resampling so few deaths gives no interval that
@@ -89,18 +131,41 @@ def enough_events(target: TargetResult) -> bool:
     return (target.get("events") or 0) >= MIN_EVENTS
 
 
+def weights_of(target: TargetResult) -> dict[str, float] | None:
+    """Return what each expert weighs in the answer, the target's own under "self".
+
+    The voices of the guarded answer if the results have them, else the router's weights; None
+    if they have neither.
+    """
+    if voices := target.get("voices"):
+        return {source: voice["weight"] for source, voice in voices.items()}
+    return target.get("routing") or None
+
+
 def helpers(cancer: str, target: TargetResult, count: int = 3) -> list[tuple[str, float]] | None:
-    """Return the sources that the router weighs most, without the target's own expert.
+    """Return the sources that weigh most, without the target's own expert.
 
     Returns:
         At most `count` pairs of source and weight, the largest first, leaving out weights that
-        read as .00; None if the study did not route this target.
+        read as .00; None if the study did not weigh experts for this target.
     """
-    routing = target.get("routing")
-    if not routing:
+    weights = weights_of(target)
+    if weights is None:
         return None
-    others = [(s, w) for s, w in routing.items() if s not in ("self", cancer) and w >= 0.005]
+    others = [(s, w) for s, w in weights.items() if s not in ("self", cancer) and w >= 0.005]
     return sorted(others, key=lambda pair: (-pair[1], pair[0]))[:count]
+
+
+def heard_alike(cancer: str, target: TargetResult) -> float | None:
+    """Return the weight of all sources together where none stands out, else None.
+
+    None stands out if the heaviest weighs less than `STANDS_OUT` times their mean.
+    """
+    weights = weights_of(target) or {}
+    others = [w for s, w in weights.items() if s not in ("self", cancer) and w > 0]
+    if len(others) < 4 or max(others) >= STANDS_OUT * sum(others) / len(others):
+        return None
+    return sum(others)
 
 
 def usual_choice(target: TargetResult) -> tuple[str, int, int] | None:
@@ -110,6 +175,26 @@ def usual_choice(target: TargetResult) -> tuple[str, int, int] | None:
         return None
     name = min(counts, key=lambda source: (-counts[source], source))
     return name, counts[name], sum(counts.values())
+
+
+def lead(target: TargetResult, arm: str, control: str) -> DifferenceResult | None:
+    """Return an arm's C-index minus a control's, or None if it was not compared or not finite."""
+    result = arm_of(target, arm)
+    found = result.get("against", {}).get(control) if result is not None else None
+    if found is None or None in map(finite, (found["value"], found["low"], found["high"])):
+        return None
+    return found
+
+
+def over_controls(target: TargetResult, arm: str) -> bool | None:
+    """Tell whether an arm's leads over both controls have intervals above 0.
+
+    Returns:
+        None if it was not compared with both of `CONTROLS`.
+    """
+    leads = [lead(target, arm, control) for control in CONTROLS]
+    known = [found for found in leads if found is not None]
+    return all(found["low"] > 0 for found in known) if len(known) == len(leads) else None
 
 
 def _pair(low: float | None, high: float | None) -> tuple[float, float] | None:

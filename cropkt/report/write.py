@@ -1,4 +1,4 @@
-"""The report of a study as files: the numbers, two tables and two figures."""
+"""What a study leaves when it ends: its numbers, tables and two figures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 
 from cropkt.errors import DataError
 from cropkt.files import replace_file
-from cropkt.report.figures import draw_gain, draw_transfer
+from cropkt.report.canvas import png
+from cropkt.report.csv_files import csv_files
+from cropkt.report.gain_plot import draw_gain
+from cropkt.report.heat_map import draw_transfer
 from cropkt.report.schema import Results
-from cropkt.report.tables import write_per_cancer_csv, write_transfer_csv
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
-    """Write `results.json`, `transfer.csv`, `per_cancer.csv`, `transfer.png` and `gain.png`.
+    """Write `results.json`, the CSV files, `transfer.png` and `gain.png`.
 
     Each file is replaced whole, and equal results give equal bytes. Nothing is written if the
     results hold a number that JSON cannot.
@@ -27,18 +29,12 @@ def write_report(results: Results, folder: Path) -> list[Path]:
         DataError: a NaN or an infinity among the results; the message says where.
         OSError: the folder cannot be written.
     """
-    numbers = canonical_json(results)
-    paths = [folder / "results.json"]
-    replace_file(paths[0], numbers)
-    for name, write in (
-        ("transfer.csv", write_transfer_csv),
-        ("per_cancer.csv", write_per_cancer_csv),
-        ("transfer.png", draw_transfer),
-        ("gain.png", draw_gain),
-    ):
-        paths.append(folder / name)
-        write(results, paths[-1])
-    return paths
+    files = {"results.json": canonical_json(results), **csv_files(results)}
+    for name, draw in (("transfer.png", draw_transfer), ("gain.png", draw_gain)):
+        files[name] = png(draw(results))
+    for name, content in files.items():
+        replace_file(folder / name, content)
+    return [folder / name for name in files]
 
 
 def canonical_json(results: Results) -> bytes:

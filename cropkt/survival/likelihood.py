@@ -38,8 +38,8 @@ def discrete_nll(
 
     Args:
         logits: (..., B, T) hazard logits.
-        bins: (B,) int64 in [0, T), bin of death or last follow-up.
-        event: (B,) bool, True for a death.
+        bins: (B,) or (..., B) int64 in [0, T), bin of death or last follow-up.
+        event: (B,) or (..., B) bool, True for a death.
         alpha: in [0, 1), down-weights censored patients.
         loss: `log_space` has no clamp; `clamped` floors every probability at 1e-7 as published,
             which leaves patients censored in late bins without a gradient.

@@ -8,8 +8,8 @@ share no scale, so out-of-fold concordance is pooled over pairs within the folds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +20,16 @@ from cropkt.errors import NotEstimableError
 Arm = TypeVar("Arm", bound=str)
 TIE = 1e-8
 REPLICATES = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A C-index less another on the same patients, from paired resampling."""
+
+    value: float
+    se: float
+    low: float  # 95 % percentile bootstrap over patients
+    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +47,7 @@ class Estimate:
     gain_se: float | None = None
     gain_low: float | None = None
     gain_high: float | None = None
+    against: Mapping[str, Difference] = field(default_factory=dict)  # by control
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +172,28 @@ def leads(
     return np.array([c_index for c_index, _ in both]), error
 
 
+def over_controls(
+    pairs: Pairs, risks: NDArray[np.floating], controls: NDArray[np.floating]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the lead (s,) of s risks (s, n) over r controls (r, n), and its standard error.
+
+    A lead is a C-index less the controls' mean. Its error is that of the patients, paired, and
+    how much one control differs from another: a risk that is no more than one more draw of the
+    controls leads them by more than 1.96 errors in about 5 % of cases. Nan where no pair is
+    comparable.
+    """
+    if pairs.count == 0:
+        return np.full(len(risks), np.nan), np.full(len(risks), np.nan)
+    theirs = [_influence(pairs, risk) for risk in controls]
+    level = np.array([c_index for c_index, _ in theirs])
+    common = np.mean([influence for _, influence in theirs], axis=0)
+    ours = [_influence(pairs, risk) for risk in risks]
+    drawn = float(level.var(ddof=1)) * (1 + 1 / len(level)) if len(level) > 1 else 0.0
+    lead = np.array([c_index for c_index, _ in ours]) - level.mean()
+    patients = [float(((influence - common) ** 2).sum()) for _, influence in ours]
+    return lead, np.sqrt(np.array(patients) + drawn)
+
+
 def bootstrap(
     pairs: Pairs, risks: NDArray[np.floating], *, seed: int, replicates: int = REPLICATES
 ) -> NDArray[np.float64]:
@@ -194,12 +227,14 @@ def out_of_fold(
     risks: Mapping[Arm, NDArray[np.float64]],
     *,
     seed: int,
+    controls: Sequence[Arm] = (),
     replicates: int = REPLICATES,
 ) -> dict[Arm, Estimate]:
     """Return what is known of each arm's out-of-fold risk (n,), the first arm being the baseline.
 
     The C-index is over pairs within a fold; an interval is given where at least half of the
-    bootstrap draws hold a comparable pair. Gains over the first arm are on the same draws.
+    bootstrap draws hold a comparable pair. Gains over the first arm, and differences from the
+    arms that are controls, are on the same draws.
     """
     whole = Pairs.of(days, event)
     within = whole.inside(folds)
@@ -208,30 +243,55 @@ def out_of_fold(
     if within.count == 0:
         return points
     draws = bootstrap(within, np.stack([risks[n] for n in names]), seed=seed, replicates=replicates)
-    base = points[names[0]].c_index
     result = {}
     for name, column in zip(names, draws.T, strict=True):
-        point, difference = points[name], column - draws[:, 0]
+        point = points[name]
         low, high = interval(column) or (None, None)
-        gain_low, gain_high = interval(difference) or (None, None)
+        leads_over = {
+            other: lead
+            for other in (names[0], *controls)
+            if other != name and (lead := _difference(draws, points, names, name, other))
+        }
+        gain = leads_over.get(names[0])
         of_folds = [
             concordance_of(within.within(folds == fold), risks[name]).c_index
             for fold in np.unique(folds)
         ]
         known = [value for value in of_folds if value is not None]
-        known_gain = gain_low is not None and name != names[0]
         result[name] = replace(
             point,
             low=low,
             high=high,
             fold_mean=float(np.mean(known)),
             pooled=concordance_of(whole, risks[name]).c_index,
-            gain=point.c_index - base if point.c_index is not None and base is not None else None,
-            gain_se=float(np.nanstd(difference)) if known_gain else None,
-            gain_low=gain_low if known_gain else None,
-            gain_high=gain_high if known_gain else None,
+            gain=_lead(points, name, names[0]),
+            gain_se=gain.se if gain else None,
+            gain_low=gain.low if gain else None,
+            gain_high=gain.high if gain else None,
+            against={other: lead for other, lead in leads_over.items() if other in controls},
         )
     return result
+
+
+def _lead(points: Mapping[Arm, Estimate], name: Arm, other: Arm) -> float | None:
+    ours, theirs = points[name].c_index, points[other].c_index
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def _difference(
+    draws: NDArray[np.float64],
+    points: Mapping[Arm, Estimate],
+    names: Sequence[Arm],
+    name: Arm,
+    other: Arm,
+) -> Difference | None:
+    """Return one arm's lead over another from their bootstrap draws, None without an interval."""
+    lead = _lead(points, name, other)
+    column = draws[:, names.index(name)] - draws[:, names.index(other)]
+    ends = interval(column)
+    if lead is None or ends is None:
+        return None
+    return Difference(value=lead, se=float(np.nanstd(column)), low=ends[0], high=ends[1])
 
 
 def _influence(pairs: Pairs, risk: NDArray[np.floating]) -> tuple[float, NDArray[np.float64]]:

@@ -32,7 +32,7 @@ from cropkt.experts.abmil import Abmil, flatten, unflatten
 from cropkt.experts.bank import MAX_HIDDEN, groups
 from cropkt.experts.device import device_of, moved
 from cropkt.experts.training import fit, hash_seed, masked_mean, standardise_for
-from cropkt.survival.likelihood import discrete_nll, risk
+from cropkt.survival.likelihood import discrete_nll, log_survival
 from cropkt.survival.metrics import Pairs, concordance_of
 from cropkt.transfer.target import Target
 
@@ -46,6 +46,7 @@ class Merged:
     """What the merged models say, out of fold."""
 
     risk: NDArray[np.float64]  # (n,)
+    survival: NDArray[np.float64]  # (n, T) at the end of each yearly bin
     weights: NDArray[np.float64]  # (K, X) of each vector, a row a fold, the own vector first
     penalties: tuple[float, ...]  # chosen for each fold
 
@@ -106,9 +107,10 @@ def merged(target: Target, sources: NDArray[np.float32], study: StudyConfig) -> 
     """
     penalties = PENALTIES if len(sources) else PENALTIES[:1]
     trained = [_trained(target, sources, study, penalty) for penalty in penalties]
-    risks = [_risks(module, target) for module in trained]  # (F, n) each
+    curves = [_survival(module, target) for module in trained]  # (F, n, T) each
+    risks = [-curve.sum(-1) for curve in curves]
     count, folds = target.views - 1, target.folds
-    answer = np.empty(len(folds))
+    answer = np.empty((len(folds), study.shape.bins))
     weights, chosen = [], []
     for fold in range(count):
         # Each training patient by the model that saw neither them nor this fold.
@@ -116,10 +118,15 @@ def merged(target: Target, sources: NDArray[np.float32], study: StudyConfig) -> 
         inner = [risk[model, np.arange(len(folds))] for risk in risks]
         best = _weakest_that_leads(target.pairs.within(folds != fold).inside(folds), inner)
         mine, last = folds == fold, target.plan.model(fold)
-        answer[mine] = risks[best][last, mine]
+        answer[mine] = curves[best][last, mine]
         weights.append(trained[best].weights()[last].detach().cpu().double().numpy())
         chosen.append(penalties[best])
-    return Merged(risk=answer, weights=np.stack(weights), penalties=tuple(chosen))
+    return Merged(
+        risk=-answer.sum(-1),
+        survival=answer,
+        weights=np.stack(weights),
+        penalties=tuple(chosen),
+    )
 
 
 def _weakest_that_leads(pairs: Pairs, risks: list[NDArray[np.float64]]) -> int:
@@ -180,12 +187,12 @@ def _trained(
 
 
 @torch.inference_mode()
-def _risks(module: MergedExperts, target: Target) -> NDArray[np.float64]:
-    """Return the risk (F, n) that each merged model gives each patient."""
+def _survival(module: MergedExperts, target: Target) -> NDArray[np.float64]:
+    """Return the survival (F, n, T) that each merged model gives each patient."""
     cohort, device = target.cohort, device_of(module)
     width = module.frame.models * module.frame.shape.embed
     parts = [
-        risk(module.logits(moved(cohort.pack(group), device)).cpu())
+        log_survival(module.logits(moved(cohort.pack(group), device)).cpu().double()).exp()
         for group in groups(cohort, patches=max(1, MAX_HIDDEN // width))
     ]
-    return torch.cat(parts, 1).double().numpy()
+    return torch.cat(parts, 1).numpy()

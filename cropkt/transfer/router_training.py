@@ -15,7 +15,7 @@ from cropkt.experts.bank import MAX_HIDDEN, Opinions, groups
 from cropkt.experts.checkpoint import Checkpoint
 from cropkt.experts.device import device_of, moved
 from cropkt.experts.training import Plan, fit, hash_seed, masked_mean, moments
-from cropkt.survival.likelihood import discrete_nll, risk
+from cropkt.survival.likelihood import discrete_nll, log_survival
 from cropkt.transfer.roupkt import Roupkt, balance_loss, z_loss
 from cropkt.transfer.target import Target
 
@@ -100,17 +100,17 @@ class RouterStack:
 
     @torch.inference_mode()
     def predict(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return out-of-fold risk (n,) and the weight of each expert for each patient (n, X)."""
+        """Return out-of-fold survival (n, T) and each expert's weight for each patient (n, X)."""
         cohort, view = self.target.cohort, torch.from_numpy(1 + self.target.folds)
-        risks, weights = [], []
+        survival, weights = [], []
         width = self.module.models * self.study.shape.embed
         for group in groups(cohort, patches=max(1, MAX_HIDDEN // width)):
             bags = moved(cohort.pack(group), self.device)
             out = self.module.outputs(bags, self.features[:, :, group], self.config)
             mine = (view[group], torch.arange(len(group)))
-            risks.append(risk(out.logits.cpu()[mine]))
+            survival.append(log_survival(out.logits.cpu()[mine].double()).exp())
             weights.append(out.weights.cpu()[mine])
-        return torch.cat(risks).numpy(), torch.cat(weights).double().numpy()
+        return torch.cat(survival).numpy(), torch.cat(weights).double().numpy()
 
 
 def _rows(experts: Abmil, models: list[int]) -> Abmil:

@@ -13,6 +13,7 @@ from math import log, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
+from cropkt.survival.across import between_variance
 from cropkt.survival.metrics import Estimate, Pairs, concordance_of, paired_difference
 
 UNKNOWN_ERROR = 12**-0.5  # standard deviation of a C-index of which nothing is known
@@ -24,7 +25,7 @@ TRACE = 1e-6
 class ZeroShot:
     """The zero-shot arm: risk without any training on the target."""
 
-    risk: NDArray[np.float64]  # (n,)
+    answers: NDArray[np.float64]  # (K, n) of everybody, in the units of each fold
     choice: tuple[int | None, ...]  # per fold: the index of the source, None for the vote
 
 
@@ -39,6 +40,12 @@ def standardised(risk: NDArray[np.floating], reference: NDArray[np.bool_]) -> ND
     return scaled
 
 
+def held_out(answers: NDArray[np.floating], folds: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Return each patient's risk (n,) in the units of their own fold, from answers (K, n)."""
+    risk: NDArray[np.float64] = answers[folds, np.arange(len(folds))]
+    return risk
+
+
 def training_scores(
     pairs: Pairs, folds: NDArray[np.int64], risk: NDArray[np.floating]
 ) -> list[list[Estimate]]:
@@ -50,7 +57,11 @@ def training_scores(
 
 
 def zero_shot(
-    pairs: Pairs, folds: NDArray[np.int64], risks: Sequence[NDArray[np.floating]]
+    pairs: Pairs,
+    folds: NDArray[np.int64],
+    risks: Sequence[NDArray[np.floating]],
+    *,
+    kept: NDArray[np.bool_] | None = None,
 ) -> ZeroShot:
     """Return the better of the best single source and the equal vote, chosen per fold.
 
@@ -62,19 +73,40 @@ def zero_shot(
         pairs: comparable pairs of the target's patients.
         folds: (n,) fold of each patient.
         risks: per fold the sources' risk (S, n), read in units learnt without that fold.
+        kept: (n,) whose outcomes may be known; everybody's by default.
     """
-    chosen_risk = np.empty(len(folds))
+    answers = np.empty((len(risks), len(folds)))
     choice: list[int | None] = []
     for fold, risk in enumerate(risks):
-        mine, others = folds == fold, folds != fold
+        others = folds != fold
+        if kept is not None:
+            others &= kept
         scaled = standardised(risk, others)
-        vote = scaled.mean(0)
-        leads = _leads(pairs.within(others), scaled, vote)
+        equal = scaled.mean(0)
+        leads = _leads(pairs.within(others), scaled, equal)
         best = int(np.argmax(leads))
         lucky = leads[best] <= sqrt(2 * log(len(risk)))
         choice.append(None if lucky else best)
-        chosen_risk[mine] = vote[mine] if lucky else scaled[best, mine]
-    return ZeroShot(risk=chosen_risk, choice=tuple(choice))
+        answers[fold] = equal if lucky else scaled[best]
+    return ZeroShot(answers=answers, choice=tuple(choice))
+
+
+def equal_vote(
+    folds: NDArray[np.int64],
+    risks: Sequence[NDArray[np.floating]],
+    *,
+    kept: NDArray[np.bool_] | None = None,
+) -> NDArray[np.float64]:
+    """Return the equal vote of the sources (K, n), in the units of each fold.
+
+    Args:
+        folds: (n,) fold of each patient.
+        risks: per fold the sources' risk (S, n), read in units learnt without that fold.
+        kept: (n,) of whom anything may be learnt; everybody by default.
+    """
+    known = np.ones(len(folds), dtype=np.bool_) if kept is None else kept
+    scaled = [standardised(risk, known & (folds != f)) for f, risk in enumerate(risks)]
+    return np.stack([risk.mean(0) for risk in scaled])
 
 
 def _leads(
@@ -92,26 +124,20 @@ def _leads(
 def shrunken(c_index: NDArray[np.floating], error: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return C-indices (S,) pulled towards their mean by how uncertain they are.
 
-    Empirical Bayes: the variance between experts is DerSimonian and Laird's, weighted by
-    precision. Where nothing tells the experts apart they keep a trace of their order, so that a
-    choice among equals is the better guess and not the alphabet.
+    Empirical Bayes: the variance between experts is `between_variance`. Where nothing tells the
+    experts apart they keep a trace of their order, so that a choice among equals is the better
+    guess and not the alphabet.
 
     Args:
         c_index: (S,), nan where not estimable; such an expert gets the mean.
         error: (S,) standard errors; about 0, as a handful of pairs can give, counts as unknown.
-
-    References:
-        DerSimonian and Laird, doi:10.1016/0197-2456(86)90046-2.
     """
     known = np.isfinite(c_index)
     if not known.any():
         return np.full(len(c_index), 0.5)
     noise = np.where(error > LEAST_ERROR, error, UNKNOWN_ERROR)[known] ** 2
-    value, weight = c_index[known].astype(np.float64), 1 / noise
-    mean = float(np.average(value, weights=weight))
-    spread = float((weight * (value - mean) ** 2).sum()) - (len(value) - 1)
-    scale = float(weight.sum() - (weight**2).sum() / weight.sum())
-    between = max(0.0, spread / scale) if scale > 0 else 0.0
+    value = c_index[known].astype(np.float64)
+    between = between_variance(value, noise)
     centre = float(np.average(value, weights=1 / (between + noise)))
     result = np.full(len(c_index), centre)
     trust = between / (between + noise)

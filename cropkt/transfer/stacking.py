@@ -40,7 +40,7 @@ def equal_weights(sources: NDArray[np.float64]) -> NDArray[np.float64]:
     count = sources.shape[1]
     if count == 0:
         return np.ones(1)
-    spread = max(float(sources.mean(1).std()), 0.2)
+    spread = max(float(sources.mean(1).std()), 0.2) if len(sources) else 1.0
     return np.concatenate([[0.5], np.full(count, 0.5 / count / spread)])
 
 
@@ -69,6 +69,23 @@ def stacked(
     return _mode(risks, days, event, folds, centre=centre, precision=precision)
 
 
+def log_evidence(
+    risk: NDArray[np.float64],
+    days: NDArray[np.floating],
+    event: NDArray[np.bool_],
+    folds: NDArray[np.integer],
+) -> float:
+    """Return the log marginal likelihood of one standardised risk (n,), its scale unknown.
+
+    Up to a constant that is the same for every risk of these patients; by Laplace.
+    """
+    scale = _scale_mode(risk, days, event, folds)
+    curve = partial_likelihood(scale, risk[:, None], days, event, folds)
+    away = float(scale[0] - SCALE) / SCALE_SPREAD
+    information = float(curve.information[0, 0]) * SCALE_SPREAD**2
+    return curve.value - 0.5 * away**2 - 0.5 * float(np.log1p(information))
+
+
 def _scale(
     risk: NDArray[np.float64],
     days: NDArray[np.floating],
@@ -76,7 +93,17 @@ def _scale(
     folds: NDArray[np.integer],
 ) -> float:
     """Return the log hazard ratio of a unit of the prior's risk (n,), at least a trace."""
-    mode = _mode(
+    return max(float(_scale_mode(risk, days, event, folds)[0]), 0.05)
+
+
+def _scale_mode(
+    risk: NDArray[np.float64],
+    days: NDArray[np.floating],
+    event: NDArray[np.bool_],
+    folds: NDArray[np.integer],
+) -> NDArray[np.float64]:
+    """Return the likeliest log hazard ratio (1,) of a unit of risk (n,), not negative."""
+    return _mode(
         risk[:, None],
         days,
         event,
@@ -84,7 +111,6 @@ def _scale(
         centre=np.array([SCALE]),
         precision=np.array([[SCALE_SPREAD**-2]]),
     )
-    return max(float(mode[0]), 0.05)
 
 
 def _covariances(centre: NDArray[np.float64]) -> list[tuple[NDArray[np.float64], float]]:

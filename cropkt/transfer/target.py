@@ -19,7 +19,7 @@ from cropkt.config import RouterConfig, StudyConfig
 from cropkt.experts.abmil import Abmil
 from cropkt.experts.bank import Opinions, consult
 from cropkt.experts.training import Plan, moments
-from cropkt.survival.metrics import Estimate, Pairs, concordance_of, leads
+from cropkt.survival.metrics import Estimate, Pairs, concordance_of, leads, over_controls
 from cropkt.transfer.scores import shrunken, training_scores
 
 
@@ -109,6 +109,12 @@ class Target:
             pairs = self.pairs.within(self.folds != view - 1)
             rows.append([concordance_of(pairs, row) for row in opinion.risk])
         return rows
+
+    def leads_over(
+        self, opinions: Opinions, controls: Opinions
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the sources' leads (S,) over control experts on all patients, and their errors."""
+        return over_controls(self.pairs, opinions.risk, controls.risk)
 
     def router_features(self, opinions: list[Opinions], config: RouterConfig) -> Tensor:
         """Return slide features (1 + K, 1 + S, n, E) per view, the own expert first."""

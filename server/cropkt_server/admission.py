@@ -90,6 +90,10 @@ class Admission:
         models = len(cross_fitted(self.study.folds)) if shared else 1
         return _form("experts", weights, (models, len(self.initial)))
 
+    def fold_models_form(self, weights: Weights) -> str:
+        """Return why weights are not models (1 + folds, parameters) of this study, or nothing."""
+        return _form("models", weights, (1 + self.study.folds, len(self.initial)))
+
     def router_form(self, weights: Weights, *, shared: bool, sources: int) -> str:
         """Return why a reply's weights are not routers of this study; nothing if they are.
 

@@ -256,6 +256,18 @@ def status(folder: Dir = HERE, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def report(
+    folder: Dir = HERE,
+    out: Annotated[Path | None, typer.Option(help="A folder; the study's report/ if none.")] = None,
+) -> None:
+    """Write one HTML page for clinicians of what the study found so far."""
+    with one_line("cropkt-server"):
+        from cropkt_server.report import write  # torch and matplotlib load here
+
+        typer.echo(write(folder, out))
+
+
+@app.command()
 def pause(folder: Dir = HERE) -> None:
     """Send nothing new; what is under way is still taken in."""
     with one_line("cropkt-server"), _store(folder) as store:

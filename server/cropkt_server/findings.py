@@ -140,6 +140,17 @@ class Findings:
         number = self.last_round(cancer) if number is None else number
         return self.decided(f"averaged/{kind}/{cancer}/{number}")
 
+    def trained_everyone(self, number: int) -> list[Task] | None:
+        """Return the rows that a round of the model of all cancers averages; None while open."""
+        decided = self.decided(f"everyone/{number}")
+        if decided is None:
+            return None
+        rows = (name.rsplit("/", 1) for name in decided)
+        return [
+            Task(kind="fit_fedavg", site=site, cancer=Cancer(cancer), round=number)
+            for site, cancer in rows
+        ]
+
     def decided(self, name: str) -> list[str] | None:
         """Return a decision, None as long as it is open."""
         text = self.store.meta(f"decided/{name}")

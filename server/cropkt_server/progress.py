@@ -20,9 +20,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from cropkt_server.store import Kind, Task, read_tasks
+from cropkt_server.store import STAGES, Task, read_tasks
 
-STAGES: tuple[Kind, ...] = ("describe", "fit_expert", "score_sources", "fit_router", "evaluate")
 LOOK = 0.25  # seconds between looks at the table
 
 
@@ -67,7 +66,7 @@ def _bars(folder: Path, console: Console, stop: threading.Event) -> None:
             for site in sorted({task.site for task in tasks}):
                 of_site = [task for task in tasks if task.site == site]
                 now = next((task.kind for task in of_site if task.state == "sent"), "")
-                _update(sites, bar_of, site, of_site, now=now, whole=len(STAGES))
+                _update(sites, bar_of, site, of_site, now=now, whole=len(STAGES) - 1)
             if last:
                 return
 
@@ -114,9 +113,9 @@ def _lines(folder: Path, say: Callable[[str], None], stop: threading.Event) -> N
                 told.add(f"held {task.id}")
                 say(f"{task.id} waits for approval at the site")
         states = Counter((task.kind, task.state in ("done", "failed")) for task in tasks)
-        for stage, following in zip(STAGES, [*STAGES[1:], ""], strict=True):
+        for index, stage in enumerate(STAGES):
             complete = states[stage, True] and not states[stage, False]
-            over = last or any(task.kind == following for task in tasks)
+            over = last or any(task.kind in STAGES[index + 1 :] for task in tasks)
             if complete and over and stage not in told:
                 told.add(stage)
                 say(f"{stage.replace('_', ' ')}: {states[stage, True]} done")

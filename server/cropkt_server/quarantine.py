@@ -16,6 +16,7 @@ from cropkt.messages import (
     CohortCount,
     ExpertReply,
     ExpertRequest,
+    FedAvgReply,
     Message,
     RouterReply,
     RouterRequest,
@@ -25,7 +26,7 @@ from cropkt_server.findings import Findings
 from cropkt_server.questions import Questions
 from cropkt_server.store import Task, digest_of
 
-Reply = ExpertReply | RouterReply
+Reply = ExpertReply | RouterReply | FedAvgReply
 CAUSE = "quarantined: "
 SUPPRESSED = 100  # patients, where a site does not say how many
 SURPLUS = 10  # events that a reply may count beyond one and a half times those described
@@ -42,7 +43,7 @@ class Quarantine:
 
     def takes(self, task: Task, reply: Message) -> bool:
         """Return whether a reply may be used; if not, keep it apart and fail its row."""
-        if not isinstance(reply, ExpertReply | RouterReply):
+        if not isinstance(reply, ExpertReply | RouterReply | FedAvgReply):
             return True
         self._portraits.pop(task.id, None)
         request = self._questions.of(task)
@@ -110,6 +111,8 @@ class Quarantine:
         """Return why a reply's weights are none of this study's; this cannot be overruled."""
         if isinstance(reply, ExpertReply) and isinstance(request, ExpertRequest):
             return self._admission.expert_form(reply.weights, shared=request.shared)
+        if isinstance(reply, FedAvgReply):
+            return self._admission.fold_models_form(reply.weights)
         if isinstance(reply, RouterReply) and isinstance(request, RouterRequest):
             if reply.weights is None:  # a private site keeps its routers
                 return "it has no routers to average" if request.shared else ""

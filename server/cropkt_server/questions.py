@@ -14,6 +14,8 @@ from cropkt.messages import (
     DescribeRequest,
     ExpertReply,
     ExpertRequest,
+    FedAvgReply,
+    FedAvgRequest,
     Message,
     ReleaseReply,
     ReleaseRequest,
@@ -33,6 +35,7 @@ ANSWERS: dict[Kind, type[Message]] = {
     "fit_expert": ExpertReply,
     "score_sources": TransferReply,
     "fit_router": RouterReply,
+    "fit_fedavg": FedAvgReply,
     "evaluate": ReleaseReply,
 }
 
@@ -44,6 +47,7 @@ class Questions:
         self._findings, self._study = findings, findings.config
         # An average of fold models may be large: the last one is kept, and what is small of all.
         self._last: tuple[tuple[Kind, Cancer, int], Weights] | None = None
+        self._everyone: tuple[int, Weights] | None = None
         self._bank: dict[Cancer, Weights] = {}  # (parameters,) each
         self._signed: dict[tuple[Cancer, int], Signed] = {}
         self.signatures = Experts(findings)
@@ -90,12 +94,31 @@ class Questions:
                 own_signed=self.signed(cancer) if shared else None,
                 routers=self.average("fit_router", cancer, task.round - 1) if task.round else None,
             )
+        if task.kind == "fit_fedavg":
+            return FedAvgRequest(
+                task=task.id,
+                study=self._study,
+                cancer=cancer,
+                round=task.round,
+                weights=self.everyone(task.round - 1) if task.round else None,
+            )
         return ReleaseRequest(
             task=task.id,
             study=self._study,
             cancer=cancer,
             routers=self.average("fit_router", cancer, last) if shared else None,
+            everyone=self.everyone(self._study.fedavg_rounds - 1),
         )
+
+    def everyone(self, number: int) -> Weights | None:
+        """Return a round's model of all cancers, (1 + folds, parameters); None without one."""
+        tasks = self._findings.trained_everyone(number)
+        if not tasks:
+            return None
+        if self._everyone is None or self._everyone[0] != number:
+            self._everyone = None
+            self._everyone = number, self._mean(tasks)
+        return self._everyone[1]
 
     def sending(self, task: Task) -> Message:
         """Return the message of a row that is about to be sent, and note what it is asked about."""
@@ -159,11 +182,15 @@ class Questions:
         return self._last[1]
 
     def _averaged(self, kind: Kind, cancer: Cancer, number: int) -> Weights:
-        """Make an average, with one site's models in memory at a time."""
+        """Make the average of a cancer's round."""
         sites = self._findings.averaged(kind, cancer, number) or ()
         tasks = [Task(kind=kind, site=site, cancer=cancer, round=number) for site in sites]
         if len(tasks) == 1:  # sent on under its own signature, so to the bit
             return self._models(tasks[0])[0]
+        return self._mean(tasks)
+
+    def _mean(self, tasks: list[Task]) -> Weights:
+        """Return the mean by events of what rows gave, with one row's models in memory."""
         total = np.zeros(0)
         for share, task in zip(shares([self._models(t)[1] for t in tasks]), tasks, strict=True):
             rows, _ = self._models(task)
@@ -175,6 +202,6 @@ class Questions:
     def _models(self, task: Task) -> tuple[Weights, int]:
         """Return the models that a site gave, and the events behind them."""
         reply = self._findings.store.reply(task)
-        if not isinstance(reply, ExpertReply | RouterReply) or reply.weights is None:
+        if not isinstance(reply, ExpertReply | RouterReply | FedAvgReply) or reply.weights is None:
             raise MessageError(task.id, "the stored reply holds no models")
         return reply.weights, reply.events or 0

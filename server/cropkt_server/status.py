@@ -13,10 +13,9 @@ from cropkt_server.lock import running
 from cropkt_server.membership import Member, members_of, missing
 from cropkt_server.roster import Roster
 from cropkt_server.settings import load_settings
-from cropkt_server.store import State, Store, Task, read_tasks
+from cropkt_server.store import STAGES, State, Store, Task, read_tasks
 
 ONLINE = 150.0  # seconds: the door notes a site once a minute
-STAGES = ("describe", "fit_expert", "score_sources", "fit_router", "evaluate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +97,7 @@ def read_status(folder: Path) -> StudyStatus:
 def _stages(tasks: list[Task]) -> dict[str, dict[str, int]]:
     counts = Counter((task.kind, task.state) for task in tasks)
     states: tuple[State, ...] = ("due", "sent", "held", "done", "failed")
-    return {
-        kind: {state: counts[kind, state] for state in states}
-        for kind in ("describe", "fit_expert", "score_sources", "fit_router", "evaluate")
-    }
+    return {kind: {state: counts[kind, state] for state in states} for kind in STAGES}
 
 
 def _site(

@@ -14,14 +14,16 @@ from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from cropkt.cancers import Cancer
 from cropkt.database import opened, transaction
 from cropkt.messages import REPLIES, Message, load, pack, save
 from cropkt_server.bank import Bank
 
-Kind = Literal["describe", "fit_expert", "score_sources", "fit_router", "evaluate"]
+Kind = Literal["describe", "fit_expert", "score_sources", "fit_router", "fit_fedavg", "evaluate"]
+STAGES: tuple[Kind, ...] = get_args(Kind)
+"""In their order; `fit_fedavg` only where a study asks for it."""
 State = Literal["due", "sent", "held", "done", "failed"]  # held: waits for approval at the site
 OPEN: tuple[State, ...] = ("due", "sent", "held")
 

@@ -1,6 +1,7 @@
 """A study: which tasks exist, and when it is finished.
 
     describe -> fit_expert (rounds) -> score_sources -> fit_router (rounds) -> evaluate
+                                    -> fit_fedavg (rounds, where asked for) ->
 
 Nothing is held in memory that the table and the replies do not say, so a study that was killed
 goes on where it was. Sites that hold the same cancer share one expert and one router: averages
@@ -227,6 +228,7 @@ class Study(Findings):
         rows = self._rows()
         self._decide_bank(rows)
         if self.decided("bank") is not None:
+            self._add(self._everyone(rows))
             self._add(task for cancer in holders for task in self._use_of_bank(cancer, rows))
 
     def _add(self, tasks: Iterable[Task]) -> None:
@@ -280,10 +282,39 @@ class Study(Findings):
                 return new
             self.decide(f"sources/{cancer}", self.sources(cancer))
         new += self._rounds("fit_router", cancer, [task.site for task in _done(scored)], rows)
-        if self.averaged("fit_router", cancer) is not None:
+        if self.averaged("fit_router", cancer) is not None and self._everyone_is_trained():
             routed = _done(rows["fit_router", cancer, last])
             new += [Task(kind="evaluate", site=task.site, cancer=cancer) for task in routed]
         return new
+
+    def _everyone(self, rows: Rows) -> list[Task]:
+        """Complete the rounds of the model of all cancers; return the rows that may begin.
+
+        All who gave an expert take part in a round together. If nobody is left, the study goes on
+        without the model.
+        """
+        for number in range(self.config.fedavg_rounds):
+            if self.decided(f"everyone/{number}") is not None:
+                continue
+            here = [
+                task
+                for (kind, _, n), tasks in rows.items()
+                if kind == "fit_fedavg" and n == number
+                for task in tasks
+            ]
+            if not here:
+                return [
+                    Task(kind="fit_fedavg", site=task.site, cancer=task.cancer, round=number)
+                    for task in self.done("fit_expert")
+                ]
+            if not _settled(here):
+                return []
+            self.decide(f"everyone/{number}", sorted(f"{t.site}/{t.cancer}" for t in _done(here)))
+        return []
+
+    def _everyone_is_trained(self) -> bool:
+        last = self.config.fedavg_rounds - 1
+        return last < 0 or self.decided(f"everyone/{last}") is not None
 
     def _awaited(self, rows: Rows) -> list[Member]:
         """Return the sites whose description the study waits for."""

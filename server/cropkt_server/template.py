@@ -35,6 +35,12 @@ _SAYS = {
     "study.initial_hazard": "Yearly hazard that an untrained expert predicts; null: none set.",
     "study.source": "Which expert a site shares: of all_patients, or of fold_0 as published.",
     "study.max_sources": "At most so many experts of other cancers for one router.",
+    "study.arms": "Ways to predict that are compared at each target, with the controls that tell\n"
+    "transfer from an ensemble; fewer of them cost the sites less.",
+    "study.fedavg_rounds": "Of one model for all cancers, which all sites train together: the\n"
+    "arms fedavg and fedavg_tuned; 0: none.",
+    "study.shots": "Compare also with so few training patients, such as [20, 50, 100].",
+    "study.draws": "Of patients, for each of shots.",
     "study.shape": "Widths of an expert.",
     "study.shape.dim": "Features a patch: what the agreed encoder makes.",
     "study.shape.embed": "Of a slide's feature.",

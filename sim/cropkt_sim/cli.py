@@ -76,7 +76,16 @@ def about() -> None:
     """Simulate a federation of hospitals: every TCGA cancer is a site."""
 
 
-@app.command()
+@app.command(
+    help="""Run a whole study: experts, transfer, routing, report.
+
+\b
+cropkt-sim run --preset demo
+cropkt-sim run --data clinical --outcomes tcga_cdr.csv --out clinical-run
+cropkt-sim run --data features --outcomes labels.csv --features FEATS
+cropkt-sim run --data clinical --outcomes tcga_cdr.csv --sites hospitals
+"""
+)
 def run(
     data: Annotated[DataKind, typer.Option(help="Patients to use.")] = DataKind.synthetic,
     outcomes: Annotated[
@@ -113,19 +122,18 @@ def run(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Drop and count bad rows and slides.")
     ] = False,
+    shots: Annotated[
+        str, typer.Option(help="Compare with so few training patients too: 20,50,100,all.")
+    ] = "",
+    fedavg_rounds: Annotated[
+        int, typer.Option(min=0, max=100, help="Rounds of one model for all cancers; 0: none.")
+    ] = 0,
     epsilon: Annotated[
         float | None,
         typer.Option(min=0.01, help="Sites are private: each may spend this on one expert."),
     ] = None,
 ) -> None:
-    r"""Run a whole study: experts, transfer, routing, report.
-
-    \b
-    cropkt-sim run --preset demo
-    cropkt-sim run --data clinical --outcomes tcga_cdr.csv --out clinical-run
-    cropkt-sim run --data features --outcomes labels.csv --features FEATS --cancers UVM,SKCM
-    cropkt-sim run --data clinical --outcomes tcga_cdr.csv --sites hospitals
-    """
+    """Run a whole study: experts, transfer, routing, report."""
     with one_line("cropkt-sim"):
         from cropkt_sim.study import Options, run_study  # torch loads here: --help stays instant
 
@@ -147,8 +155,29 @@ def run(
                 workers=workers,
                 skip_bad=skip_bad,
                 epsilon=epsilon,
+                shots=shots,
+                fedavg_rounds=fedavg_rounds,
             )
         )
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folder of a run; several: its seeds.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report; with one run the run's own.")
+    ] = None,
+) -> None:
+    """Write one HTML page for clinicians, with its figures and tables.
+
+    Several runs are seeds of one study: the page shows means, and the range over the seeds.
+    """
+    with one_line("cropkt-sim"):
+        from cropkt_sim.report import write  # matplotlib loads here
+
+        typer.echo(write(runs, out))
 
 
 def main() -> None:

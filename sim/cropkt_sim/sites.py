@@ -32,6 +32,7 @@ from cropkt.cohort.features import SlideFolders
 from cropkt.cohort.outcomes import PatientOutcome, counted
 from cropkt.cohort.pack import write_pack
 from cropkt.errors import CohortError, NotEstimableError, OutcomeTableError, UsageError
+from cropkt_client.settings import ASKED
 from cropkt_sim import clinical, synthetic
 from cropkt_sim.clinical import read_clinical
 from cropkt_sim.slides import file_stamp, read_slides, slide_stamps
@@ -45,6 +46,7 @@ OnBad = Literal["raise", "skip"]
 _LAYOUT = 2  # raise it when the same inputs give other files
 _RELEASE = {  # nobody's patients: all numbers leave as they are
     "approval": "auto",
+    "messages": [*ASKED, "train.fedavg"],
     "minimum_patients": 0,
     "minimum_events": 0,
     "round_counts_to": 1,

@@ -11,7 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from cropkt.cancers import Cancer, cancer_of
-from cropkt.config import Endpoint, StudyConfig
+from cropkt.config import Arm, Endpoint, StudyConfig
 from cropkt.errors import StudyError, UsageError
 from cropkt.report.schema import Planted as PlantedResult
 from cropkt.report.schema import Results
@@ -21,11 +21,14 @@ from cropkt_server.progress import shown
 from cropkt_server.results import results
 from cropkt_server.settings import Settings, save_settings
 from cropkt_server.study import Study
+from cropkt_sim.curves import add_curves
 from cropkt_sim.engine import Engine, simulate
 from cropkt_sim.presets import Data, Preset, study_for
 from cropkt_sim.sites import Prepared, prepare
 from cropkt_sim.synthetic import Planted
 
+FEWEST = 10  # patients of which any fold still learns something
+_FEDAVG: tuple[Arm, ...] = ("fedavg", "fedavg_tuned")
 PAGE = 120  # characters of a line where no terminal says
 POLL = 0.02  # seconds between looks at the grid
 
@@ -50,6 +53,8 @@ class Options:
     workers: int
     skip_bad: bool
     epsilon: float | None = None
+    shots: str = ""
+    fedavg_rounds: int = 0
 
 
 def run_study(options: Options) -> None:
@@ -63,7 +68,7 @@ def run_study(options: Options) -> None:
         console.width = PAGE  # a file or pipe has no width of its own
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     started = time.monotonic()
-    cancers = _cancers(options.cancers)
+    cancers, _ = _cancers(options.cancers), _shots(options.shots)
     if cancers is not None and len(cancers) < 2:
         raise UsageError("--cancers", "transfer needs at least two cancers", "Name another")
     prepared = prepare(
@@ -128,6 +133,8 @@ def _gather(options: Options, prepared: Prepared, settings: Settings, folder: Pa
     found["data"], found["preset"] = options.data, options.preset
     if prepared.planted is not None:
         found["planted"] = planted_result(found, prepared.planted)
+    folders = [prepared.folder / str(i) for i in range(len(prepared.names))]
+    add_curves(found, folders, settings.study)
     return found
 
 
@@ -167,4 +174,20 @@ def _study(options: Options, prepared: Prepared) -> StudyConfig:
         folds=options.folds or study.folds,
         split=options.split,
         seed=options.seed,
+        shots=_shots(options.shots),
+        fedavg_rounds=options.fedavg_rounds,
+        arms=(*study.arms, *(_FEDAVG if options.fedavg_rounds else ())),
     )
+
+
+def _shots(text: str) -> tuple[int, ...]:
+    """Return the numbers of a comma-separated list; `all` is always compared.
+
+    Raises:
+        UsageError: something in it is no number of patients.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip() not in ("", "all")]
+    if not all(part.isdecimal() and int(part) >= FEWEST for part in parts):
+        problem = f"{text} is not a list of numbers of patients, {FEWEST} or more"
+        raise UsageError("--shots", problem, "Write 20,50,100,all")
+    return tuple(sorted({int(part) for part in parts}))

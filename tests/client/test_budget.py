@@ -11,7 +11,9 @@ import pytest
 from cropkt.cancers import Cancer
 from cropkt.errors import BudgetError, ConfigError
 from cropkt.experts.accountant import Mechanism, epsilon_of
-from cropkt_client.budget import NAME, Budget, Payment
+from cropkt_client.budget import COUNT_NAME, NAME, Budget, Payment
+from cropkt_client.ledger import SIMULATION, Entry, Ledger
+from cropkt_client.policy import of_cancer
 from cropkt_client.settings import Privacy
 
 UVM, SKCM = Cancer.UVM, Cancer.SKCM
@@ -56,10 +58,10 @@ def test_a_payment_serves_one_release(tmp_path: Path) -> None:
     payment = pay(budget, "a")
     assert Budget(tmp_path, Privacy(epsilon=4.0)).paid("a") == payment
     assert budget.paid("b") is None
-    budget.use(payment)
+    budget.use(payment, "0" * 64)
     assert budget.paid("a") is None
     with pytest.raises(BudgetError, match="another process has used"):
-        budget.use(payment)
+        budget.use(payment, "0" * 64)
 
 
 def test_a_damaged_budget_lets_nothing_be_spent(tmp_path: Path) -> None:
@@ -78,8 +80,112 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / NAME) as database:
         database.execute("PRAGMA user_version = 9")
     database.close()
-    with pytest.raises(ConfigError, match="has schema 9, this cropkt knows 1"):
+    with pytest.raises(ConfigError, match="has schema 9, this cropkt knows 2"):
         budget.spent(UVM)
+
+
+# What was spent stays spent, whatever becomes of the file
+
+
+def leaves(state: Path, epsilon: float | None, *, cancer: Cancer = UVM) -> None:
+    """Write into the ledger that an answer about a cohort left."""
+    row = Entry(
+        study=SIMULATION,
+        task="t",
+        message="train.expert",
+        recipient=SIMULATION,
+        bytes=1,
+        sha256="0" * 64,
+        checked=f"purpose research; {of_cancer(cancer)}; counts rounded to 5",
+        approved="by the policy",
+        epsilon=epsilon,
+    )
+    Ledger(state).append(row)
+
+
+def refuses(state: Path, said: str, privacy: Privacy | None = None) -> None:
+    """Check that nothing can be spent, and that what was spent is not told as less."""
+    budget, before = Budget(state, privacy or Privacy(epsilon=4.0)), (state / NAME).exists()
+    for use in (
+        pay,
+        lambda b: pay(b, cancer=SKCM),  # what was spent on it is not known either
+        lambda b: b.paid("a"),
+        lambda b: b.spent(UVM),
+    ):
+        with pytest.raises(BudgetError, match=said) as refusal:
+            use(budget)
+    assert f"{state / NAME}" in str(refusal.value)
+    assert "Put its latest copy back" in str(refusal.value)
+    assert (state / NAME).exists() == before  # nothing that looks like a fresh budget
+
+
+def test_a_budget_that_was_removed_does_not_begin_again(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, Privacy(epsilon=4.0))
+    first = pay(budget, "a")
+    leaves(tmp_path, first.total)
+    copy = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).unlink()
+    refuses(tmp_path, "1 payments were made, and 0 are here")
+    (tmp_path / COUNT_NAME).unlink()  # the ledger knows it, too
+    refuses(tmp_path, r"answers about UVM left with epsilon 2\.00 spent.* payments for 0\.00")
+    (tmp_path / NAME).write_bytes(copy)
+    assert budget.spent(UVM) == first.total
+    assert pay(budget, "b").total > first.total
+
+
+def test_an_older_copy_is_not_taken_for_the_budget(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, Privacy(epsilon=4.0))
+    pay(budget, "a")
+    files = {name: (tmp_path / name).read_bytes() for name in (NAME, COUNT_NAME)}
+    second = pay(budget, "b")
+    latest = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).write_bytes(files[NAME])
+    refuses(tmp_path, "2 payments were made, and 1 are here")
+    (tmp_path / NAME).write_bytes(latest)
+    leaves(tmp_path, second.total)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    refuses(tmp_path, rf"epsilon {second.total:.2f} spent.* payments for 2\.00")
+
+
+def test_what_never_left_costs_nothing_once_its_record_is_gone(tmp_path: Path) -> None:
+    """Nobody saw it: the expert that was trained cannot leave without its payment."""
+    budget = Budget(tmp_path, Privacy(epsilon=4.0))
+    pay(budget, "a")
+    leaves(tmp_path, None)
+    leaves(tmp_path, 0.0)
+    for name in (NAME, COUNT_NAME):
+        (tmp_path / name).unlink()
+    assert budget.spent(UVM) == 0
+
+
+def test_another_delta_is_not_taken_for_a_loss(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, Privacy(epsilon=4.0, delta=1e-5))
+    pay(budget, "a")
+    stricter = Privacy(epsilon=4.0, delta=1e-7)
+    leaves(tmp_path, Budget(tmp_path, stricter).spent(UVM))  # more, of the same payment
+    assert pay(Budget(tmp_path, stricter), "b").total > budget.spent(UVM)
+    laxer = Budget(tmp_path, Privacy(epsilon=4.0, delta=1e-4))
+    assert laxer.spent(UVM) < Budget(tmp_path, stricter).spent(UVM)
+
+
+def test_a_damaged_count_is_named(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, Privacy(epsilon=4.0))
+    pay(budget)
+    (tmp_path / COUNT_NAME).write_text("many\n")
+    with pytest.raises(ConfigError, match=r"budget.count: is no number"):
+        budget.spent(UVM)
+
+
+def test_a_kill_before_the_count_costs_nothing(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, Privacy(epsilon=4.0))
+    pay(budget, "a")
+    count = (tmp_path / COUNT_NAME).read_bytes()
+    second = pay(budget, "b")
+    (tmp_path / COUNT_NAME).write_bytes(count)
+    assert budget.spent(UVM) == second.total
+    budget.use(second, "0" * 64)  # before anything can leave, the count is right again
+    assert (tmp_path / COUNT_NAME).read_text() == "2\n"
 
 
 def spend_one(state: Path, number: int) -> bool:

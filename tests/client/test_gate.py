@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from flwr.app import Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cropkt_client
 from cropkt.cancers import Cancer
-from cropkt.config import StudyConfig, checked
+from cropkt.config import StudyConfig, TrainingConfig, checked
 from cropkt.errors import MessageError, RefusedError
-from cropkt.experts.card import AuditSummary, Card, canonical, models_of, public_text
+from cropkt.experts.accountant import Mechanism
+from cropkt.experts.card import AuditSummary, Card, canonical, digest, models_of, public_text
 from cropkt.messages import (
     REPLIES,
     ArmScore,
@@ -29,6 +32,8 @@ from cropkt.messages import (
     ExpertReply,
     ExpertRequest,
     Failure,
+    FedAvgReply,
+    FedAvgRequest,
     HeldRequest,
     Message,
     ReleaseReply,
@@ -37,16 +42,20 @@ from cropkt.messages import (
     RouterRequest,
     Score,
     Signed,
+    SourceScore,
     TransferReply,
     TransferRequest,
 )
 from cropkt.wire import from_record, payload, to_record
+from cropkt_client.app import app
+from cropkt_client.budget import COUNT_NAME, NAME, Budget, Payment
 from cropkt_client.enrol import Keys
 from cropkt_client.gate import Gate
 from cropkt_client.held import Shelf
 from cropkt_client.ledger import Ledger, public_key
-from cropkt_client.policy import rounded
-from cropkt_client.settings import ASKED, AuditLimit, ReleasePolicy
+from cropkt_client.policy import SUPPRESSED, WITHHELD, PrivateError, private, rounded
+from cropkt_client.settings import ASKED, AuditLimit, Privacy, ReleasePolicy
+from cropkt_client.site import Site as SiteOnDisk
 
 UVM, STUDY = Cancer.UVM, StudyConfig(folds=3)
 AUTO = ReleasePolicy(approval="auto")
@@ -71,9 +80,13 @@ def expert(patients: int | None = 48, events: int | None = 22, **changes: Any) -
 
 
 EXPERT = ExpertRequest(task="expert/1", study=STUDY, cancer=UVM)
-SCORES = (Score(c_index=0.6, se=0.1),)
+SCORES = (SourceScore(c_index=0.6, se=0.1),)
+FOLD_SCORES = (Score(c_index=0.6, se=0.1),)
 TRANSFER = TransferRequest(
     task="transfer/1", study=STUDY, cancer=UVM, sources=(Cancer.SKCM,), weights=weights()
+)
+ROUTER = RouterRequest(
+    task="router/1", study=STUDY, cancer=UVM, sources=(Cancer.SKCM,), weights=weights()
 )
 RELEASE = ReleaseRequest(task="evaluate/1", study=STUDY, cancer=UVM)
 
@@ -85,34 +98,47 @@ def transfer(patients: int | None, events: int | None) -> TransferReply:
         patients=patients,
         events=events,
         scores=SCORES,
-        training_scores=(SCORES,) * 3,
+        training_scores=(FOLD_SCORES,) * 3,
         seconds=1.0,
     )
 
 
-def release(patients: int, events: int) -> ReleaseReply:
-    return ReleaseReply(
-        task="evaluate/1",
-        cancer=UVM,
-        patients=patients,
-        events=events,
-        arms={"local": ArmScore(c_index=0.6, se=0.1, pairs=300)},
-        routing={UVM: 0.7, Cancer.SKCM: 0.3},
-        zero_shot_choice={"vote": 3},
-        seconds=1.0,
-    )
+def router(patients: int | None = 48, events: int | None = 22, **changes: Any) -> RouterReply:
+    values: dict[str, Any] = {"weights": weights(), "seconds": 1.0} | changes
+    return RouterReply(task="router/1", cancer=UVM, patients=patients, events=events, **values)
+
+
+def release(patients: int, events: int, **changes: Any) -> ReleaseReply:
+    values: dict[str, Any] = {
+        "arms": {"local": ArmScore(c_index=0.6, se=0.1, pairs=300)},
+        "routing": {UVM: 0.7, Cancer.SKCM: 0.3},
+        "zero_shot_choice": {"vote": 3},
+        "seconds": 1.0,
+    } | changes
+    return ReleaseReply(task="evaluate/1", cancer=UVM, patients=patients, events=events, **values)
 
 
 class Site:
     """One hospital's gate, and the coordinator's side of it."""
 
-    def __init__(self, state: Path, policy: ReleasePolicy | None = AUTO) -> None:
-        self.state, self.policy = state, policy
+    def __init__(
+        self, state: Path, policy: ReleasePolicy | None = AUTO, privacy: Privacy | None = None
+    ) -> None:
+        self.state, self.policy, self.privacy = state, policy, privacy
         self.ledger = Ledger(state)
 
     @property
     def gate(self) -> Gate:
-        return Gate(site="leiden", state=self.state, release=self.policy)
+        if self.privacy is None:
+            return Gate(site="leiden", state=self.state, release=self.policy)
+        budget = Budget(self.state, self.privacy)
+        return Gate(
+            site="leiden",
+            state=self.state,
+            release=self.policy,
+            spent=budget.spent,
+            budget=budget,
+        )
 
     def answers(self, answer: Message, request: Message) -> Message:
         """Return what the coordinator gets for an answer of the site's task."""
@@ -131,7 +157,8 @@ class Site:
 
 def card(site: Site, **changes: Any) -> Signed:
     """Return the card of an expert that `site` gives; nobody here looks at the signature."""
-    values: dict[str, Any] = {"patients": 50, "events": 20} | changes
+    models = models_of(weights(), [()])
+    values: dict[str, Any] = {"patients": 50, "events": 20, "models": models} | changes
     told = Card(
         cancer=UVM,
         site="leiden",
@@ -139,7 +166,6 @@ def card(site: Site, **changes: Any) -> Signed:
         endpoint=STUDY.endpoint,
         encoder="",
         shape=STUDY.shape,
-        models=models_of(weights(), [()]),
         m0="0" * 64,
         study=STUDY.hash(),
         training="0" * 64,
@@ -269,10 +295,7 @@ def test_what_the_policy_does_not_name_stays(
 
 
 def test_every_question_can_be_forbidden(tmp_path: Path) -> None:
-    router = RouterRequest(
-        task="r", study=STUDY, cancer=UVM, sources=(Cancer.SKCM,), weights=weights()
-    )
-    requests = [DescribeRequest(task="d", study=STUDY), EXPERT, TRANSFER, router, RELEASE]
+    requests = [DescribeRequest(task="d", study=STUDY), EXPERT, TRANSFER, ROUTER, RELEASE]
     assert tuple(request.kind for request in requests) == ASKED
     for request in requests:
         others = tuple(kind for kind in ASKED if kind != request.kind)
@@ -310,18 +333,7 @@ def test_a_model_of_too_few_stays(
     site: Site, patients: int | None, events: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert code(site.answers(expert(patients, events), EXPERT)) == "suppressed"
-    request = RouterRequest(
-        task="router/1", study=STUDY, cancer=UVM, sources=(Cancer.SKCM,), weights=weights()
-    )
-    router = RouterReply(
-        task="router/1",
-        cancer=UVM,
-        patients=patients,
-        events=events,
-        weights=weights(),
-        seconds=1,
-    )
-    assert code(site.answers(router, request)) == "suppressed"
+    assert code(site.answers(router(patients, events), ROUTER)) == "suppressed"
     assert "its cohort has not 20 patients and 10 events" in caplog.text
 
 
@@ -329,7 +341,7 @@ def test_scores_of_too_few_are_left_out(site: Site) -> None:
     answer = site.answers(transfer(19, 15), TRANSFER)
     assert isinstance(answer, TransferReply)
     assert (answer.patients, answer.events) == (None, 15)
-    assert answer.scores == (Score(),)
+    assert answer.scores == (SourceScore(),)
     assert answer.training_scores == ((Score(),),) * 3
     final = site.answers(release(48, 9), RELEASE)
     assert isinstance(final, ReleaseReply)
@@ -441,6 +453,239 @@ def test_an_expert_that_tells_its_patients_stays(tmp_path: Path) -> None:
     private = audited(strict, high=None, epsilon=2.0)
     assert isinstance(strict.answers(private, EXPERT), ExpertReply)
     assert "differential privacy" in strict.ledger.rows()[-1].checked
+
+
+def limited(site: SiteOnDisk, limit: float) -> None:
+    """Let `site.yaml` set a limit to how well membership may be told."""
+    path = site.folder / "site.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["release"] = {"approval": "auto", "audit": {"max_auroc_upper": limit}}
+    path.write_text(yaml.safe_dump(values))
+
+
+def shuffled(site: SiteOnDisk) -> None:
+    """Give each patient another one's outcome: nothing is left to learn but by heart."""
+    table = site.folder / "outcomes.csv"
+    head, *rows = (line.split(",") for line in table.read_text().splitlines())
+    others = np.random.default_rng(0).permutation(len(rows))
+    mixed = [[*row[:2], *rows[other][2:]] for row, other in zip(rows, others, strict=True)]
+    table.write_text("\n".join(map(",".join, [head, *mixed])) + "\n")
+
+
+def test_an_expert_that_learnt_by_heart_is_blocked_through_the_app(
+    make_site: Callable[..., SiteOnDisk], study: StudyConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real Flower message in, a code out; the weights stay."""
+    hospital = make_site()
+    shuffled(hospital)
+    context = Context(
+        run_id=1,
+        node_id=2,
+        node_config={"config": str(hospital.folder / "site.yaml")},
+        state=RecordDict(),
+        run_config={},
+    )
+
+    def answer(task: str, training: TrainingConfig) -> Message:
+        shape = replace(study.shape, embed=32, attention=8)
+        asks = replace(study, shape=shape, training=training)
+        reply = app(
+            message=asked(ExpertRequest(task=task, study=asks, cancer=UVM)), context=context
+        )
+        assert Ledger(hospital.state).rows()[-1].bytes == payload(reply).bytes
+        return from_record(reply.content, expected=REPLIES)
+
+    by_heart = TrainingConfig(
+        epochs=60, batch=8, learning_rate=1e-2, weight_decay=0.0, dropout=0.0, minimum_updates=0
+    )
+    limited(hospital, 0.85)
+    assert code(answer("expert/1", by_heart)) == "audit"
+    assert "membership is told with an AUROC of up to" in caplog.text
+    (row,) = Ledger(hospital.state).rows()
+    assert row.message == "failure audit"
+    assert row.bytes < 300
+    # The same patients' expert, hardly trained, is within the same limit.
+    careful = replace(by_heart, epochs=1, learning_rate=1e-4, dropout=0.5, weight_decay=1.0)
+    assert isinstance(answer("expert/2", careful), ExpertReply)
+
+
+# From a private site: counts and one expert that is paid for
+
+
+@pytest.fixture
+def paid(tmp_path: Path) -> Site:
+    """A private site that has paid for one expert, whose weights are `weights()`."""
+    site = Site(tmp_path / "state", privacy=Privacy(epsilon=8.0))
+    pay(site, weights())
+    return site
+
+
+def pay(site: Site, expert: Any, cancer: Cancer = UVM) -> Payment:
+    assert site.privacy is not None
+    budget = Budget(site.state, site.privacy)
+    mechanism = Mechanism(noise_multiplier=20.0, sample_rate=1.0, steps=100)
+    payment = budget.pay(mechanism, cancer=cancer, task="expert/1", request="r")
+    budget.use(payment, digest(expert[0]))
+    return payment
+
+
+NOTHING: dict[str, Any] = {"score": Score(), "seconds": 0.0}
+EMPTY: dict[str, Any] = {
+    "arms": {"local": ArmScore()},
+    "routing": {},
+    "zero_shot_choice": {},
+    "seconds": 0.0,
+}
+
+
+def private_expert(site: Site, *, told: Any = None, **changes: Any) -> ExpertReply:
+    """Return the paid expert of a private site, with what is wrong about it."""
+    assert site.privacy is not None
+    on_card = {"epsilon": Budget(site.state, site.privacy).spent(UVM), "delta": 1e-5}
+    return expert(**(NOTHING | {"signed": card(site, **(on_card | (told or {})))} | changes))
+
+
+def test_a_private_site_gives_counts_and_a_paid_expert(paid: Site) -> None:
+    answer = paid.answers(private_expert(paid), EXPERT)
+    assert isinstance(answer, ExpertReply)
+    assert (answer.patients, answer.score) == (50, Score())
+    row = paid.ledger.rows()[-1]
+    assert "private: its expert's epsilon of 2 is paid" in row.checked
+    assert row.epsilon == pytest.approx(2.0, abs=0.01)
+    counts = DescribeReply(
+        task="d",
+        site="leiden",
+        cohorts=(CohortCount(cancer=UVM, patients=48, events=22, dim=4),),
+        encoder="uni",
+        versions={"cropkt": "1.0"},
+    )
+    withheld = replace(
+        transfer(48, 22),
+        scores=(SourceScore(),),
+        training_scores=((Score(),),) * 3,
+        seconds=0.0,
+    )
+    for answer, request in (
+        (counts, DescribeRequest(task="d", study=STUDY)),
+        (withheld, TRANSFER),
+        (router(weights=None, seconds=0.0), ROUTER),
+        (release(48, 22, **EMPTY, reason=WITHHELD), RELEASE),
+    ):
+        assert not isinstance(paid.answers(answer, request), Failure)
+        assert "private: counts only" in paid.ledger.rows()[-1].checked
+
+
+@pytest.mark.parametrize(
+    ("answer", "request_", "field"),
+    [
+        (transfer(48, 22), TRANSFER, "scores"),
+        (replace(transfer(48, 22), scores=(SourceScore(),)), TRANSFER, "training_scores"),
+        (replace(transfer(48, 22), scores=(SourceScore(c_index=0.0),)), TRANSFER, "scores"),
+        (router(seconds=0.0), ROUTER, "weights"),
+        (router(weights=None), ROUTER, "seconds"),
+        (release(48, 22), RELEASE, "arms"),
+        (release(48, 22, **EMPTY | {"routing": {UVM: 0.7}}), RELEASE, "routing"),
+        (release(48, 22, **EMPTY | {"zero_shot_choice": {"vote": 3}}), RELEASE, "zero_shot_choice"),
+        (release(48, 22, **EMPTY | {"arms": {"local": ArmScore(pairs=10)}}), RELEASE, "arms"),
+        (release(48, 22, **EMPTY, reason="no comparable pair"), RELEASE, "reason"),
+        (release(19, 22), RELEASE, "arms"),  # refused, though the scores of so few are left out
+    ],
+)
+def test_what_a_faulty_task_tells_of_a_private_cohort_stays(
+    paid: Site, answer: Message, request_: Message, field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert code(paid.answers(answer, request_)) == "policy"
+    assert f"the {field} of a {type(answer).__name__} would leave a private site" in caplog.text
+    open_site = Site(paid.state)
+    assert not isinstance(open_site.answers(answer, request_), Failure)  # the privacy is why
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"score": Score(c_index=0.6)}, "the score of a ExpertReply"),
+        ({"seconds": 1.0}, "the seconds of a ExpertReply"),
+        ({"signed": None}, "an expert without a card"),
+        ({"told": {"epsilon": None, "delta": None}}, "has not paid for the expert"),
+        ({"told": {"epsilon": 0.5}}, "has not paid for the expert"),
+        ({"told": {"delta": 1e-3}}, "has not paid for the expert"),
+        ({"weights": weights() + 1}, "its weights are not those that were signed"),
+        (
+            {"weights": weights() + 1, "told": {"models": models_of(weights() + 1, [()])}},
+            "has not paid for the expert",  # another expert at the price of the paid one
+        ),
+        ({"told": {"models": models_of(weights(2), [(), (0,)])}}, "has not paid for the expert"),
+        (
+            {
+                "told": {
+                    "audit": AuditSummary(
+                        method="loss", auroc=0.6, low=0.5, high=0.7, patients=50, detectable=0.7
+                    )
+                }
+            },
+            "the audit on its expert's card",
+        ),
+    ],
+)
+def test_an_expert_that_is_not_the_paid_one_stays(
+    paid: Site, changes: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert code(paid.answers(private_expert(paid, **changes), EXPERT)) == "policy"
+    assert said in caplog.text
+
+
+def test_the_models_of_all_cancers_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Though its policy names them: their rounds have no payment."""
+    policy = replace(AUTO, messages=(*ASKED, "train.fedavg"))
+    site = Site(tmp_path, policy, Privacy(epsilon=8.0))
+    request = FedAvgRequest(task="fedavg/1", study=STUDY, cancer=UVM)
+    told: dict[str, Any] = {"task": "fedavg/1", "cancer": UVM, "patients": 48, "events": 22}
+    reply = FedAvgReply(weights=weights(4), seconds=0.0, **told)
+    assert code(site.answers(reply, request)) == "policy"
+    assert "the weights of a FedAvgReply would leave a private site" in caplog.text
+    site.privacy = None
+    assert isinstance(site.answers(reply, request), FedAvgReply)
+
+
+def test_what_stays_is_a_typed_error(paid: Site) -> None:
+    assert paid.privacy is not None
+    budget = Budget(paid.state, paid.privacy)
+    with pytest.raises(PrivateError, match="the arms of a ReleaseReply"):
+        private(release(48, 22), budget.has_paid)
+    suppressed = release(48, 22, **EMPTY, reason=SUPPRESSED)
+    assert private(suppressed, budget.has_paid) == "private: counts only"
+
+
+def test_another_cohorts_payment_does_not_count(tmp_path: Path) -> None:
+    site = Site(tmp_path, privacy=Privacy(epsilon=8.0))
+    payment = pay(site, weights(), Cancer.SKCM)
+    told = {"epsilon": payment.epsilon}
+    assert code(site.answers(private_expert(site, told=told), EXPERT)) == "policy"
+
+
+def test_an_answer_that_was_held_before_the_site_became_private_stays(careful: Site) -> None:
+    careful.answers(transfer(48, 22), TRANSFER)
+    shelf = Shelf(careful.state)
+    shelf.decide(shelf.all()[0], "approved")
+    careful.privacy = Privacy(epsilon=8.0)
+    assert code(careful.again("transfer/1")) == "policy"
+    careful.privacy = None
+    assert isinstance(careful.again("transfer/1"), TransferReply)
+
+
+def test_nothing_leaves_once_the_budget_is_lost(
+    paid: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = private_expert(paid)
+    assert isinstance(paid.answers(answer, EXPERT), ExpertReply)
+    (paid.state / NAME).unlink()
+    empty = router(weights=None, seconds=0.0)
+    assert code(paid.answers(answer, EXPERT)) == "budget"
+    assert code(paid.answers(empty, ROUTER)) == "budget"
+    assert "Put its latest copy back" in caplog.text
+    (paid.state / COUNT_NAME).unlink()
+    assert code(paid.answers(empty, ROUTER)) == "budget"
+    assert "answers about UVM left with epsilon 2.00 spent" in caplog.text
 
 
 # Recorded first

@@ -26,15 +26,19 @@ from cropkt.messages import (
     Failure,
     Message,
     ReleaseRequest,
+    RouterReply,
     RouterRequest,
     Score,
+    SourceScore,
+    TransferReply,
     TransferRequest,
 )
 from cropkt.wire import from_record, to_record
 from cropkt_client import app as client
 from cropkt_client import tasks
-from cropkt_client.budget import Budget
+from cropkt_client.budget import NAME, Budget
 from cropkt_client.ledger import Ledger
+from cropkt_client.private import PrivateExpert
 from cropkt_client.site import Site
 
 UVM, SKCM, KIPAN = Cancer.UVM, Cancer.SKCM, Cancer.KIPAN
@@ -95,7 +99,7 @@ def test_only_the_private_expert_leaves(
         ),
         site,
     )
-    assert scores.scores == (Score(), Score())
+    assert scores.scores == (SourceScore(), SourceScore())
     assert scores.training_scores == ((Score(), Score()),) * 3
     router = tasks.fit_router(
         RouterRequest(
@@ -239,3 +243,62 @@ def test_a_used_up_budget_is_a_failure_with_its_code(
         tasks.fit_expert(request_for(replace(study, seed=1)), site)
     rows = Ledger(site.state).rows()
     assert [row.epsilon for row in rows] == [spent, spent, None]  # a failure tells nothing
+
+
+def test_a_lost_budget_is_a_failure_with_its_code(
+    site: Site,
+    ask: Callable[[Message], Message],
+    study: StudyConfig,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    request = request_for(study, "fit_expert/one")
+    first = ask(request)
+    assert isinstance(first, ExpertReply)
+    path = site.state / NAME
+    content = path.read_bytes()
+    path.unlink()
+    for again in (request, request_for(replace(study, seed=1), "fit_expert/two")):
+        refusal = ask(again)
+        assert isinstance(refusal, Failure)
+        assert refusal.code == "budget"
+    assert f"{path}: 1 payments were made, and 0 are here" in caplog.text
+    assert not path.exists()
+    path.write_bytes(content)
+    answer = ask(request)
+    assert isinstance(answer, ExpertReply)
+    assert np.array_equal(answer.weights, first.weights)
+
+
+def test_the_gate_stops_a_task_that_forgets_that_its_site_is_private(
+    site: Site,
+    ask: Callable[[Message], Message],
+    study: StudyConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def code(reply: Message) -> str:
+        assert isinstance(reply, Failure)
+        return reply.code
+
+    weights = np.ones((1, 5), dtype=np.float32)
+    about = {"cancer": UVM, "patients": 48, "events": 22}
+    scores = TransferReply(
+        task="s",
+        scores=(SourceScore(c_index=0.7, se=0.1),),
+        training_scores=((Score(),),) * 3,
+        seconds=0.0,
+        **about,
+    )
+    router = RouterReply(task="r", weights=weights, seconds=0.0, **about)
+    monkeypatch.setattr(tasks, "score_sources", lambda *_: scores)
+    monkeypatch.setattr(tasks, "fit_router", lambda *_: router)
+    sources = {"study": study, "cancer": UVM, "sources": (SKCM,), "weights": weights}
+    assert code(ask(TransferRequest(task="s", **sources))) == "policy"
+    assert code(ask(RouterRequest(task="r", **sources))) == "policy"
+    assert "the scores of a TransferReply would leave a private site" in caplog.text
+    assert "the weights of a RouterReply would leave a private site" in caplog.text
+    # The experts without noise, which it trains for its own use, given away in place of the other.
+    monkeypatch.setattr(PrivateExpert, "of", lambda *_: None)
+    monkeypatch.setattr(tasks, "audited", lambda *_: None)
+    assert code(ask(request_for(study, "fit_expert/one"))) == "policy"
+    assert {row.message for row in Ledger(site.state).rows()} == {"failure policy"}

@@ -16,6 +16,7 @@ from cropkt.messages import (
     DescribeRequest,
     ExpertReply,
     ExpertRequest,
+    FedAvgRequest,
     ReleaseReply,
     ReleaseRequest,
     RouterRequest,
@@ -23,6 +24,7 @@ from cropkt.messages import (
     TransferRequest,
     pack,
 )
+from cropkt.transfer.arms import arms_of
 from cropkt_client import tasks
 from cropkt_client.site import Site
 
@@ -117,7 +119,21 @@ def test_a_whole_study_of_one_site(
     assert len(scores.scores) == 2
     assert len(scores.training_scores) == 3
     assert all(score.c_index is not None and score.c_index > 0.6 for score in scores.scores)
-    assert set(release.arms) == {"local", "zero_shot", "roupkt"}
+    assert set(release.arms) == set(arms_of(study))
+    assert ("roupkt+" in release.arms) == (variant != "published")
+    auto = release.arms["auto"]
+    assert set(auto.against) == {"self_only", "random_init"}
+    assert auto.cost is not None
+    assert auto.cost.received > 0
+    assert auto.brier is not None
+    assert 0 < auto.brier < 0.3
+    assert len(auto.auc) == 3
+    assert auto.log_rank is not None
+    assert release.verdict is not None
+    assert sum(release.verdict.candidates.values()) == 3
+    assert set(release.voices) == {UVM, KIPAN, SKCM}
+    assert sum(voice.weight for voice in release.voices.values()) == pytest.approx(1)
+    assert all(score.lead is not None and score.lead_se for score in scores.scores)
     zero_shot = release.arms["zero_shot"]
     assert zero_shot.c_index is not None
     assert zero_shot.c_index > 0.6
@@ -136,7 +152,55 @@ def test_the_same_study_gives_the_same_numbers(
 ) -> None:
     site = make_site()
     first, second = whole(site, study, sources)[1], whole(site, study, sources)[1]
-    assert replace(first, seconds=0) == replace(second, seconds=0)
+    assert numbers_of(first) == numbers_of(second)
+
+
+def numbers_of(reply: ReleaseReply) -> ReleaseReply:
+    """Return a reply without what the machine decides: seconds and memory."""
+    arms = {arm: replace(score, cost=None) for arm, score in reply.arms.items()}
+    return replace(reply, seconds=0, arms=arms)
+
+
+def test_a_model_of_all_cancers_is_trained_on_and_judged_by_fold(
+    make_site: Callable[..., Site],
+    study: StudyConfig,
+    experts_of: Callable[[StudyConfig], Sources],
+) -> None:
+    site = make_site()
+    study = replace(study, fedavg_rounds=2, arms=("fedavg", "fedavg_tuned"))
+    whole(site, study, experts_of(study))
+    first = tasks.fit_fedavg(FedAvgRequest(task="t", study=study, cancer=UVM), site)
+    assert first.weights.shape[0] == 1 + study.folds
+    assert not np.array_equal(first.weights[0], first.weights[1])
+    again = tasks.fit_fedavg(
+        FedAvgRequest(task="t", study=study, cancer=UVM, round=1, weights=first.weights), site
+    )
+    assert not np.array_equal(first.weights, again.weights)
+    found = tasks.release(
+        ReleaseRequest(task="t", study=study, cancer=UVM, everyone=again.weights), site
+    )
+    assert set(found.arms) == {"local", "roupkt+", "fedavg", "fedavg_tuned"}
+    with pytest.raises(MessageError, match="weights have shape"):
+        tasks.fit_fedavg(
+            FedAvgRequest(task="t", study=study, cancer=UVM, round=1, weights=again.weights[:2]),
+            site,
+        )
+    with pytest.raises(MessageError, match="weights have shape"):
+        tasks.release(
+            ReleaseRequest(task="t", study=study, cancer=UVM, everyone=again.weights[:2]), site
+        )
+
+
+def test_few_shots_are_told_by_draw(
+    make_site: Callable[..., Site],
+    study: StudyConfig,
+    experts_of: Callable[[StudyConfig], Sources],
+) -> None:
+    study = replace(study, shots=(16,), draws=2, arms=("auto",))
+    _, found = whole(make_site(), study, experts_of(study))
+    (shots,) = found.few_shot
+    assert shots.patients == 16
+    assert all(len(values) == 2 for values in shots.arms.values())
 
 
 def test_weights_of_another_shape_are_refused(

@@ -228,10 +228,18 @@ class Federation:
             assert time.monotonic() < end, self.logs()
             time.sleep(0.1)
 
+    @staticmethod
+    def without_costs(found: dict[str, Any]) -> dict[str, Any]:
+        """Return results without the seconds and memory of every arm."""
+        for target in found["targets"].values():
+            for arm in target["arms"].values():
+                arm.pop("cost", None)
+        return found
+
     def results(self) -> dict[str, Any]:
         """Return what the coordinator's report says."""
         found = json.loads((self.study / "report" / "results.json").read_text())
-        return dict(found)
+        return self.without_costs(found)
 
     def simulated(self, names: Iterable[str]) -> dict[str, Any]:
         """Return the results of the same study in the simulation, from the same hospitals.
@@ -257,7 +265,7 @@ class Federation:
         study = Study(folder / "study", self.config, names)
         found = json.loads(json.dumps(results(study)))
         study.store.close()
-        return dict(found)
+        return self.without_costs(found)
 
     def logs(self) -> str:
         """Return the end of every log."""

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from numpy.random import Generator
 
-from cropkt.report.schema import ArmResult, Results, TargetResult, TransferScore
+from cropkt.config import StudyConfig
+from cropkt.report.schema import (
+    ArmResult,
+    CurveResult,
+    DifferenceResult,
+    Results,
+    ShotsResult,
+    TargetResult,
+    TransferScore,
+    VoiceResult,
+)
 
 # Patients, DSS deaths and hospitals in the TCGA-CDR table (Liu et al., Cell 2018).
 COHORTS = """ACC 89/29/5, BLCA 396/123/35, BRCA 1064/83/40, CESC 290/54/31, CHOL 42/18/9,
@@ -96,6 +111,191 @@ def study(*, whiskers: bool = True, seed: int = 0) -> Results:
         },
         "failed": [{"row": "UVM/fit_router", "cause": "site lost"}],
     }
+
+
+def rich(*, seed: int = 0) -> Results:
+    """Return the same study with everything that a results file can hold."""
+    rng = np.random.default_rng(100 + seed)
+    found = study(seed=0)
+    for name, target in found["targets"].items():
+        _more_arms(rng, target)
+        others = [source for source in SIZES if source != name]
+        voices = rng.dirichlet([4.0] + [0.2] * 25)
+        target["auto"] = {
+            "share": float(1 - voices[0]),
+            "candidates": {"equal": 0, "vote": 1, "stack": 4},
+            "gain": 0.02,
+        }
+        target["voices"] = {
+            source: voice(float(weight), rng)
+            for source, weight in zip(["self", *others], voices, strict=True)
+        }
+        if name in ("UVM", "ACC", "GBMLGG", "SKCM", "UCS"):
+            target["few_shot"] = [shots(n, rng) for n in (20, 50, 100, None)]
+            target["kaplan_meier"] = {
+                arm: {"low": curve(rng, 0.0002), "high": curve(rng, 0.0007)}
+                for arm in ("local", "auto")
+            }
+    for scores in found["transfer"].values():
+        for score in scores.values():
+            if score["c_index"] is not None:
+                p = float(rng.uniform() ** 3)
+                score |= {
+                    "lead": score["c_index"] - 0.5,
+                    "lead_se": 0.05,
+                    "p_half": p,
+                    "p_half_bh": min(1, 3 * p),
+                    "p_half_holm": min(1, 100 * p),
+                    "p_random": p,
+                    "p_random_bh": min(1, 3 * p),
+                    "p_random_holm": min(1, 100 * p),
+                }
+    config = json.loads(json.dumps(dataclasses.asdict(StudyConfig(seed=seed))))
+    found |= {"seed": seed, "config_hash": f"0f3a{seed}", "config": config}
+    found["across"] = {
+        arm: {
+            control: {
+                "targets": 24,
+                "mean": mean - 0.003 * shift,
+                "low": mean - 0.003 * shift - 0.012,
+                "high": mean - 0.003 * shift + 0.012,
+                "between": 0.01,
+                "wilcoxon": 0.0004 if mean > 0.02 else 0.4,
+                "detectable": 0.017,
+            }
+            for shift, control in enumerate(("local", "self_only", "random_init"))
+        }
+        for arm, mean in MEANS.items()
+    }
+    found["experts"] = {
+        source: {
+            "targets": 25,
+            "c_index": 0.5 + 0.05 * index / 25,
+            "low": 0.47 + 0.05 * index / 25,
+            "high": 0.53 + 0.05 * index / 25,
+            "verdict": ("silent", "contrary", "no use", "unclear", "helps")[index // 6],
+        }
+        for index, source in enumerate(SIZES)
+    }
+    return found
+
+
+MEANS = {
+    "finetune": 0.001,
+    "zero_shot": -0.03,
+    "vote": -0.01,
+    "roupkt": -0.004,
+    "roupkt+": 0.022,
+    "merge": -0.05,
+    "stack": 0.026,
+    "fedavg": -0.08,
+    "fedavg_tuned": 0.004,
+    "auto": 0.031,
+    "random_init": -0.12,
+    "permuted": -0.11,
+    "mean_pool": -0.02,
+    "self_only": 0.006,
+}
+
+
+def _more_arms(rng: Generator, target: TargetResult) -> None:
+    local = target["arms"]["local"]
+    c_index, se = local["c_index"], local.get("se") or 0.05
+    for name, mean in MEANS.items():
+        if c_index is None:
+            target["arms"][name] = dict(local)  # type: ignore[typeddict-item]
+            continue
+        gain = float(rng.normal(mean, 0.01))
+        if name == "auto":
+            gain += 0.45 / np.sqrt(target["events"] or 1) - 0.06
+        made = arm(c_index + gain, se, gain)
+        made |= {"gain": gain, "gain_se": 0.4 * se, "log_rank": float(rng.uniform() ** 4)}
+        made |= {"c_ipcw": c_index + gain - 0.01, "brier": 0.17, "d_calibration": 0.3}
+        made |= {"auc": [None, 0.7 + gain, 0.68 + gain]}
+        made["cost"] = {"seconds": 12.5, "megabytes": None, "gflop": 40.1}
+        made["cost"] |= {"received_megabytes": 120.0, "sent_megabytes": 4.8}
+        if name in ("auto", "roupkt+"):
+            made["against"] = {
+                "self_only": difference(gain - 0.006, 0.3 * se),
+                "random_init": difference(gain + 0.12, 0.3 * se),
+            }
+        target["arms"][name] = made
+    if c_index is not None:
+        local |= {"c_ipcw": c_index, "brier": 0.19, "d_calibration": 0.01, "auc": [None, 0.7, 0.6]}
+        local["log_rank"] = 0.04
+
+
+def difference(value: float, se: float) -> DifferenceResult:
+    return {"value": value, "se": se, "low": value - 1.96 * se, "high": value + 1.96 * se}
+
+
+def voice(weight: float, rng: Generator) -> VoiceResult:
+    cost = float(rng.normal(0.004, 0.004))
+    return {
+        "weight": weight,
+        "weight_sd": weight / 3,
+        "cost": cost,
+        "silent": int(weight < 1e-3),
+        "contrary": 0,
+    }
+
+
+def shots(patients: int | None, rng: Generator) -> ShotsResult:
+    base = 0.7 if patients is None else 0.5 + 0.05 * np.log10(patients)
+    draws = 1 if patients is None else 5
+    return {
+        "patients": patients,
+        "arms": {
+            name: [float(value) for value in rng.normal(base + up, 0.02, draws)]
+            for name, up in (("local", 0.0), ("zero_shot", 0.03), ("auto", 0.05))
+        },
+    }
+
+
+def curve(rng: Generator, rate: float) -> CurveResult:
+    days = sorted(float(day) for day in rng.uniform(1, 3000, 12))
+    survival = [float(np.exp(-rate * day)) for day in days]
+    return {"patients": 40, "days": [0.0, *days], "survival": [1.0, *survival]}
+
+
+def cut(results: Results, cancers: list[str]) -> Results:
+    """Leave some cancers of a study only."""
+    results["targets"] = {c: results["targets"][c] for c in cancers}
+    results["transfer"] = {c: {s: results["transfer"][c][s] for s in cancers} for c in cancers}
+    return results
+
+
+FEW = ["CHOL", "TGCT", "UVM"]
+
+
+@pytest.fixture(scope="session")
+def seeded() -> Callable[[int], Results]:
+    """Return a function from a seed to everything of three cancers."""
+    return lambda seed: cut(rich(seed=seed), FEW)
+
+
+@pytest.fixture
+def few(seeded: Callable[[int], Results]) -> Results:
+    """Return everything of three cancers: quick to draw."""
+    return seeded(0)
+
+
+@pytest.fixture
+def older() -> Results:
+    """Return three cancers of a study as earlier versions wrote it."""
+    return cut(study(), FEW)
+
+
+@pytest.fixture(scope="session")
+def everything() -> Callable[[], Results]:
+    """Return a function that makes the study with everything, of 26 cancers."""
+    return rich
+
+
+@pytest.fixture
+def full() -> Results:
+    """Return the study with everything that a results file can hold."""
+    return rich()
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,21 +15,15 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from cropkt.cancers import Cancer
-from cropkt.report import gain_plot, heat_map
-from cropkt.report.figures import draw_gain, draw_transfer
-from cropkt.report.gain_plot import spread
+from cropkt.report.canvas import png, svg
+from cropkt.report.figures import FIGURES
+from cropkt.report.forest import GAINED, LOST, OPEN, Line
+from cropkt.report.gain_plot import draw_gain, spread
 from cropkt.report.groups import grouped
+from cropkt.report.heat_map import draw_transfer
 from cropkt.report.schema import Results
 
-Draw = Callable[[Results, Path], None]
-MODULES: dict[Draw, ModuleType] = {draw_transfer: heat_map, draw_gain: gain_plot}
-
-
-def drawn(draw: Draw, results: Results, monkeypatch: pytest.MonkeyPatch) -> Figure:
-    kept: list[Figure] = []
-    monkeypatch.setattr(MODULES[draw], "save", lambda figure, path: kept.append(figure))
-    draw(results, Path("unused.png"))
-    return kept[0]
+Draw = Callable[[Results], Figure]
 
 
 def texts(figure: Figure) -> list[tuple[str, Bbox]]:
@@ -51,11 +43,9 @@ def cut(results: Results, cancers: list[str]) -> Results:
 
 
 @pytest.mark.parametrize("cancers", [list(Cancer), ["UVM"], ["UVM", "SKCM", "CHOL"]])
-@pytest.mark.parametrize("draw", list(MODULES))
-def test_no_text_overlaps_or_leaves_the_page(
-    draw: Draw, cancers: list[str], results: Results, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figure = drawn(draw, cut(results, cancers), monkeypatch)
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+def test_no_text_overlaps_or_leaves_the_page(draw: Draw, cancers: list[str], full: Results) -> None:
+    figure = draw(cut(full, cancers))
     boxes = texts(figure)
     for text, box in boxes:
         page = Bbox.union([figure.bbox, box])
@@ -66,8 +56,8 @@ def test_no_text_overlaps_or_leaves_the_page(
     assert [(boxes[i][0], boxes[j][0]) for i, j in np.argwhere(np.triu(meet, 1))] == []
 
 
-def test_the_heat_map_shows_every_score(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = drawn(draw_transfer, results, monkeypatch)
+def test_the_heat_map_shows_every_score(results: Results) -> None:
+    figure = draw_transfer(results)
     shown = [text.get_text() for text in figure.axes[0].texts if text.get_text().startswith(".")]
     assert len(shown) == 25 * 26  # all but the column of TGCT
     hatched = [patch for patch in figure.axes[0].patches if patch.get_hatch()]
@@ -78,31 +68,25 @@ def test_the_heat_map_shows_every_score(results: Results, monkeypatch: pytest.Mo
     }
 
 
-def test_the_middle_of_the_colours_is_half(
-    results: Results, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_middle_of_the_colours_is_half(results: Results) -> None:
     for c_index, want in ((0.5, None), (0.7, "blue"), (0.3, "red")):
         results["transfer"] = {"UVM": {"UVM": {"c_index": c_index}}}
-        figure = drawn(draw_transfer, results, monkeypatch)
+        figure = draw_transfer(results)
         red, _, blue = to_rgb(figure.axes[0].patches[0].get_facecolor())
         assert (want == "blue") == (blue > red + 0.2)
         assert (want == "red") == (red > blue + 0.2)
 
 
-def test_scores_not_measured_are_told_from_scores_not_estimable(
-    results: Results, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_not_measured_are_told_from_scores_not_estimable(results: Results) -> None:
     results["transfer"] = {"UVM": {"UVM": {"c_index": 0.6}, "SKCM": {"c_index": None}}}
-    figure = drawn(draw_transfer, results, monkeypatch)
+    figure = draw_transfer(results)
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words == ["not estimable", "not measured", "planted relatives"]
 
 
-def test_the_gain_plot_draws_whiskers_only_where_given(
-    results: Results, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gain_plot_draws_whiskers_only_where_given(results: Results) -> None:
     def whiskers() -> int:
-        figure = drawn(draw_gain, results, monkeypatch)
+        figure = draw_gain(results)
         lines = [np.asarray(line.get_ydata(), float) for line in figure.axes[0].lines]
         guides = 25 + 1  # one for each cancer, and the zero line
         return sum(len(line) == 2 for line in lines) - guides
@@ -114,13 +98,56 @@ def test_the_gain_plot_draws_whiskers_only_where_given(
     assert whiskers() == 0
 
 
-def test_drawing_leaves_no_pyplot_state_and_no_version(results: Results, tmp_path: Path) -> None:
+def test_the_gain_plot_shows_the_headline_arm(full: Results) -> None:
+    labels = [text.get_text() for text in draw_gain(full).legends[0].get_texts()]
+    assert labels[:2] == ["zero-shot", "auto"]
+
+
+def test_drawing_leaves_no_pyplot_state_and_no_version_or_date(full: Results) -> None:
     import matplotlib.pyplot as plt
 
-    for name, draw in (("gain.png", draw_gain), ("transfer.png", draw_transfer)):
-        draw(cut(results, ["UVM", "SKCM"]), tmp_path / name)
-        assert b"Software" not in (tmp_path / name).read_bytes()
+    for draw in FIGURES.values():
+        figure = draw(cut(full, ["UVM", "SKCM"]))
+        assert b"Software" not in png(figure)
+        assert b"date" not in svg(figure)
     assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+def test_equal_results_give_equal_pictures(draw: Draw, full: Results) -> None:
+    full = cut(full, ["UVM", "SKCM"])
+    assert svg(draw(full)) == svg(draw(full))
+    assert png(draw(full)) == png(draw(full))
+
+
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+def test_a_figure_without_its_part_says_so(draw: Draw) -> None:
+    figure = draw({"targets": {"UVM": {"events": 21}}})
+    said = " ".join(text for text, _ in texts(figure))
+    assert "not" in said.lower() or "no " in said.lower()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told", "colour"),
+    [
+        (0.01, 0.1, True, GAINED),
+        (-0.1, -0.01, True, LOST),
+        (-0.1, 0.1, True, OPEN),
+        (0.01, 0.1, False, OPEN),
+        (None, None, True, OPEN),
+    ],
+)
+def test_only_an_interval_beside_0_is_coloured(
+    low: float | None, high: float | None, told: bool, colour: str
+) -> None:
+    assert Line("UVM", 0.0, low, high, told).colour == colour
+
+
+def test_risk_groups_are_drawn_as_steps(full: Results) -> None:
+    figure = FIGURES["survival"](cut(full, ["UVM"]))
+    curve = full["targets"]["UVM"]["kaplan_meier"]["auto"]["high"]
+    drawn = [np.asarray(line.get_ydata(), float) for line in figure.axes[0].lines]
+    assert any(np.array_equal(line, curve["survival"]) for line in drawn)
 
 
 def test_every_cancer_has_a_place_in_the_map() -> None:

@@ -1,24 +1,17 @@
-"""The CSV files, the terminal table and the sentences under it."""
+"""The terminal table and the sentences under it."""
 
 from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 
-import pandas as pd
 import pytest
 from rich.console import Console
 from rich.text import Text
 
 from cropkt.report.schema import ArmResult, Results, TargetResult
-from cropkt.report.sentences import number, signed
-from cropkt.report.tables import (
-    summary_lines,
-    summary_table,
-    write_per_cancer_csv,
-    write_transfer_csv,
-)
+from cropkt.report.sentences import difference, number, p_value, signed
+from cropkt.report.tables import summary_lines, summary_table
 
 
 def shown(results: Results, width: int = 140) -> str:
@@ -56,51 +49,6 @@ def test_gains_carry_their_sign(value: float, text: str) -> None:
     assert signed(value) == text
 
 
-def test_transfer_csv_is_square_and_has_sources_as_rows(results: Results, tmp_path: Path) -> None:
-    write_transfer_csv(results, tmp_path / "transfer.csv")
-    table = pd.read_csv(tmp_path / "transfer.csv", index_col="source")
-    assert table.shape == (26, 52)
-    assert list(table.columns[:26]) == list(table.index)
-    assert list(table.columns[26:]) == [f"{cancer}_se" for cancer in table.index]
-    score = results["transfer"]["UVM"]["SKCM"]
-    assert table.loc["SKCM", "UVM"] == pytest.approx(score["c_index"], abs=1e-6)
-    assert table.loc["SKCM", "UVM_se"] == pytest.approx(score["se"], abs=1e-6)
-    assert table["TGCT"].isna().all()
-    assert table["TGCT_se"].isna().all()
-    assert table.loc["TGCT"].drop(["TGCT", "TGCT_se"]).notna().all()
-
-
-def test_transfer_csv_stays_square_when_sources_and_targets_differ(tmp_path: Path) -> None:
-    results: Results = {
-        "transfer": {"UVM": {"SKCM": {"c_index": 0.6}, "OV": {"c_index": None, "se": 0.1}}}
-    }
-    write_transfer_csv(results, tmp_path / "t.csv")
-    assert (tmp_path / "t.csv").read_text() == (
-        "source,OV,SKCM,UVM,OV_se,SKCM_se,UVM_se\nOV,,,,,,\nSKCM,,,0.600000,,,\nUVM,,,,,,\n"
-    )
-
-
-def test_without_transfer_the_csv_has_a_header_only(tmp_path: Path) -> None:
-    write_transfer_csv({}, tmp_path / "t.csv")
-    assert (tmp_path / "t.csv").read_text() == "source\n"
-
-
-def test_per_cancer_csv_has_every_arm_and_the_gain(results: Results, tmp_path: Path) -> None:
-    results["targets"]["UVM"]["arms"]["stacking"] = {"c_index": 0.7}
-    write_per_cancer_csv(results, tmp_path / "p.csv")
-    table = pd.read_csv(tmp_path / "p.csv", index_col="cancer")
-    assert len(table) == 26
-    arms = results["targets"]["UVM"]["arms"]
-    uvm = table.loc["UVM"]
-    assert (uvm["patients"], uvm["events"], uvm["sites"]) == (80, 21, 6)
-    assert uvm["stacking_c_index"] == 0.7
-    assert pd.isna(uvm["stacking_low"])
-    assert uvm["gain"] == pytest.approx(uvm["roupkt_c_index"] - uvm["local_c_index"], abs=2e-6)
-    assert uvm["gain_low"] == pytest.approx(arms["roupkt"]["gain_low"], abs=1e-6)
-    assert table.loc["TGCT", "local_c_index":"roupkt_high"].isna().all()
-    assert pd.isna(table.loc["TGCT", "gain"])
-
-
 def test_a_row_of_the_table_reads_as_promised() -> None:
     uvm = target(
         local={"c_index": 0.65, "low": 0.52, "high": 0.77},
@@ -110,7 +58,7 @@ def test_a_row_of_the_table_reads_as_promised() -> None:
     uvm["routing"] = {"self": 0.41, "SKCM": 0.3, "UVM": 0.1, "OV": 0.05, "ACC": 0.05, "UCS": 0.04}
     uvm["zero_shot_choice"] = {"SKCM": 1, "vote": 4}
     assert row_of(small(UVM=uvm), "UVM").split() == [
-        "UVM", "80", "21", ".65", "(.52-.77)", ".60", "(.50-.70)", "vote", "4/5", ".69",
+        "UVM", "80/21", ".65", "(.52-.77)", ".60", "(.50-.70)", "vote", "4/5", ".69",
         "(.60-.80)", "+.04*", "SKCM", ".30,", "ACC", ".05,", "OV", ".05",
     ]  # fmt: skip
 
@@ -120,10 +68,10 @@ def test_not_estimable_and_not_evaluated_read_differently() -> None:
     results = small(
         DLBC=target(2, local=none, roupkt=none), PCPG=target(None, local={"c_index": 0.6})
     )
-    assert row_of(results, "DLBC").split() == ["DLBC", "80", "2", "n/e", "-", "n/e", "n/e", "-"]
-    assert row_of(results, "PCPG").split() == ["PCPG", "80", "-", ".60", "-", "-", "-", "-"]
+    assert row_of(results, "DLBC").split() == ["DLBC", "80/2", "n/e", "-", "n/e", "n/e", "-"]
+    assert row_of(results, "PCPG").split() == ["PCPG", "80/-", ".60", "-", "-", "-", "-"]
     assert "n/e: not estimable" in shown(results)
-    assert "-: not evaluated" in shown(results)
+    assert "-: not evaluated" in " ".join(shown(results).split())
     lines = summary_lines(results)
     assert "Not estimable: DLBC local, ROUPKT (2 deaths, 11 comparable pairs)." in lines
     assert "No cancer has 5 events, so no mean is given." in lines
@@ -134,13 +82,29 @@ def test_no_number_ever_stands_in_for_a_missing_one(bad: float | None) -> None:
     results = small(UVM=target(local={"c_index": 0.65}, roupkt={"c_index": bad}))
     assert ".50" not in shown(results)
     assert "nan" not in shown(results)
-    assert row_of(results, "UVM").split() == ["UVM", "80", "21", ".65", "-", "n/e", "n/e", "-"]
+    assert row_of(results, "UVM").split() == ["UVM", "80/21", ".65", "-", "n/e", "n/e", "-"]
 
 
 def test_a_router_that_keeps_to_itself_is_said_to_have_no_helper() -> None:
     uvm = target(local={"c_index": 0.65})
     uvm["routing"] = {"self": 0.998, "SKCM": 0.002}
     assert row_of(small(UVM=uvm), "UVM").split()[-1] == "nobody"
+
+
+def test_sources_that_weigh_alike_are_not_named() -> None:
+    def voiced(*weights: float) -> TargetResult:
+        uvm = target(local={"c_index": 0.6})
+        uvm["voices"] = {
+            f"C{i}": {"weight": w, "weight_sd": 0.0, "cost": None, "silent": 0, "contrary": 0}
+            for i, w in enumerate(weights)
+        }
+        return uvm
+
+    alike = row_of(small(UVM=voiced(0.1, 0.1, 0.11, 0.12)), "UVM")
+    assert alike.rstrip().endswith("all alike: .43")
+    one_stands_out = row_of(small(UVM=voiced(0.3, 0.1, 0.1, 0.1)), "UVM")
+    assert "C0 .30" in one_stands_out
+    assert "alike" not in one_stands_out
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
@@ -150,6 +114,55 @@ def test_no_number_is_cut_off_on_a_narrow_terminal(results: Results, width: int)
     assert max(map(len, text.splitlines())) <= width
     for part in ("(.52-.79)", "COADREAD", "+.06*", "n/e"):
         assert part in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_guarded_answer_fits_a_narrow_terminal_too(full: Results, width: int) -> None:
+    text = shown(full, width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for part in ("n/deaths", "1064/83", "ROUPKT+", "auto", "gain: auto minus local"):
+        assert part in text
+
+
+def test_the_headline_is_the_guarded_answer_if_there_is_one(full: Results) -> None:
+    lines = summary_lines(full)
+    assert lines[0].startswith("Mean C-index over 22 cancers with at least 5 events: local ")
+    assert any(line.startswith("auto is above local in") for line in lines)
+    uvm = target(local={"c_index": 0.6}, roupkt={"c_index": 0.7}, auto={"c_index": 0.65})
+    uvm["routing"] = {"self": 0.5, "SKCM": 0.5}
+    uvm["voices"] = {
+        "OV": {"weight": 0.25, "weight_sd": 0.1, "cost": None, "silent": 0, "contrary": 0}
+    }
+    row = row_of(small(UVM=uvm), "UVM").split()
+    assert row == ["UVM", "80/21", ".60", "-", ".70", ".65", "+.05", "OV", ".25"]
+    uvm["arms"]["roupkt+"] = {"c_index": 0.8}
+    assert ".80" in row_of(small(UVM=uvm), "UVM")
+    del uvm["arms"]["auto"]
+    assert "+.20" in row_of(small(UVM=uvm), "UVM")
+
+
+@pytest.mark.parametrize(
+    ("value", "ends", "text"),
+    [
+        (0.04, (0.012, 0.068), "+.04 (+.01 to +.07)"),
+        (-0.013, (-0.03, -0.002), "-.013 (-.030 to -.002)"),
+        (0.04, None, "+.04"),
+        (0.0, (0.0, 0.0), ".00 (.00 to .00)"),
+    ],
+)
+def test_the_sign_of_an_end_is_never_rounded_away(
+    value: float, ends: tuple[float, float] | None, text: str
+) -> None:
+    assert difference(value, ends) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0002, "p < .001"), (0.0312, "p = .031"), (0.0499, "p = .050"), (0.5, "p = .50")],
+)
+def test_p_values(value: float, text: str) -> None:
+    assert p_value(value) == text
 
 
 def test_gains_are_coloured_and_signed() -> None:

@@ -16,6 +16,7 @@ from cropkt.experts.artifact import m0_hash
 from cropkt.experts.card import Card, models_of, public_text, sign, training_hash
 from cropkt.experts.training import cross_fitted
 from cropkt.messages import (
+    ArmScore,
     CohortCount,
     DescribeReply,
     ExpertReply,
@@ -26,6 +27,7 @@ from cropkt.messages import (
     RouterRequest,
     Score,
     Signed,
+    SourceScore,
     TransferReply,
     TransferRequest,
 )
@@ -62,7 +64,11 @@ class Sites:
         if isinstance(request, TransferRequest):
             row = tuple(Score(c_index=0.6, se=0.02) for _ in request.sources)
             return TransferReply(
-                task=task.id, cancer=cancer, scores=row, training_scores=(row,) * 3, seconds=1.0
+                task=task.id,
+                cancer=cancer,
+                scores=tuple(SourceScore(c_index=0.6, se=0.02) for _ in request.sources),
+                training_scores=(row,) * 3,
+                seconds=1.0,
             )
         if isinstance(request, RouterRequest):
             weights = np.full((4 if request.shared else 1, 5), mark, dtype=np.float32)
@@ -72,7 +78,7 @@ class Sites:
             cancer=cancer,
             patients=100,
             events=10,
-            arms={},
+            arms={"local": ArmScore()},
             routing={cancer: 1.0},
             zero_shot_choice={},
             seconds=1.0,

@@ -27,6 +27,7 @@ from cropkt.messages import (
     RouterReply,
     RouterRequest,
     Score,
+    SourceScore,
     TransferReply,
     TransferRequest,
     Weights,
@@ -526,7 +527,7 @@ def test_private_sites_tell_no_scores_and_keep_their_routers(run: Any) -> None:
         TransferReply(
             task=task.id,
             cancer=cancer,
-            scores=nothing,
+            scores=(SourceScore(),) * len(request.sources),
             training_scores=(nothing,) * STUDY.folds,
             seconds=0.0,
         ),

@@ -18,12 +18,15 @@ from cropkt.messages import (
     ExpertReply,
     ExpertRequest,
     Failure,
+    FedAvgReply,
+    FedAvgRequest,
     Message,
     ReleaseReply,
     ReleaseRequest,
     RouterReply,
     RouterRequest,
     Score,
+    SourceScore,
     TransferReply,
     TransferRequest,
 )
@@ -63,7 +66,13 @@ def answer(task: Task, request: Message) -> Message:
     if isinstance(request, TransferRequest):
         row = tuple(Score(c_index=0.5 + 0.01 * i, se=0.02) for i in range(len(request.sources)))
         return TransferReply(
-            task=task.id, cancer=task.cancer, scores=row, training_scores=(row,) * 3, seconds=1.0
+            task=task.id,
+            cancer=task.cancer,
+            scores=tuple(
+                SourceScore(c_index=s.c_index, se=s.se, lead=0.03, lead_se=0.02) for s in row
+            ),
+            training_scores=(row,) * 3,
+            seconds=1.0,
         )
     if isinstance(request, RouterRequest):
         models = 4 if request.shared else 1
@@ -72,6 +81,16 @@ def answer(task: Task, request: Message) -> Message:
             cancer=task.cancer,
             events=events,
             weights=np.full((models, 5), events, dtype=np.float32),
+            seconds=1.0,
+        )
+    if isinstance(request, FedAvgRequest):
+        start = 0.0 if request.weights is None else float(request.weights[0, 0])
+        return FedAvgReply(
+            task=task.id,
+            cancer=task.cancer,
+            patients=100,
+            events=events,
+            weights=np.full((4, 4), start + events, dtype=np.float32),
             seconds=1.0,
         )
     assert isinstance(request, ReleaseRequest)
@@ -147,6 +166,39 @@ def test_the_second_round_starts_from_the_average_with_every_fold_model(study: S
     assert router.own.shape == (7, 4)
 
 
+def test_all_sites_train_one_model_together_where_the_study_asks_for_it(tmp_path: Path) -> None:
+    study = Study(tmp_path, replace(CONFIG, fedavg_rounds=2), HOLDINGS)
+    run(study)
+    assert study.finished
+    rows = [task.id for task in study.store.tasks() if task.kind == "fit_fedavg"]
+    assert len(rows) == 8  # four of each round
+    mean = (20 * 20 + 30 * 30 + 50 * 50 + 10 * 10) / 110
+    second = study.request(Task(kind="fit_fedavg", site="a", cancer=UVM, round=1))
+    assert isinstance(second, FedAvgRequest)
+    assert second.weights is not None
+    assert second.weights[:, 0] == pytest.approx([mean] * 4)
+    last = study.request(Task(kind="evaluate", site="a", cancer=UVM))
+    assert isinstance(last, ReleaseRequest)
+    assert last.everyone is not None
+    assert last.everyone[0, 0] == pytest.approx(2 * mean)
+
+
+def test_a_site_that_cannot_take_part_in_one_model_costs_only_its_own_row(tmp_path: Path) -> None:
+    study = Study(tmp_path, replace(CONFIG, fedavg_rounds=1), HOLDINGS)
+    while due := study.due():
+        task = due[0]
+        if (task.kind, task.site) == ("fit_fedavg", "a"):
+            study.record(task, Failure(task=task.id, code="policy", reference="ab12"))
+        else:
+            study.record(task, answer(task, study.request(task)))
+    assert study.finished
+    assert [task.id for task in study.failures()] == ["fit_fedavg/a/UVM/0"]
+    last = study.request(Task(kind="evaluate", site="a", cancer=UVM))
+    assert isinstance(last, ReleaseRequest)
+    assert last.everyone is not None
+    assert last.everyone[0, 0] == pytest.approx((30 * 30 + 50 * 50 + 10 * 10) / 90)
+
+
 def test_a_failed_site_costs_only_its_own_rows(study: Study) -> None:
     while due := study.due():
         task = due[0]
@@ -213,7 +265,10 @@ def test_sites_of_a_cancer_are_joined_by_pairs(study: Study) -> None:
     assert skcm["arms"]["roupkt"]["pairs"] == 600
     assert skcm["arms"]["roupkt"]["se"] == pytest.approx(0.05 / np.sqrt(2))
     assert skcm["routing"] == pytest.approx({"self": 0.5, "KIPAN": 0.5})
-    assert found["transfer"]["UVM"]["SKCM"] == pytest.approx({"c_index": 0.51, "se": 0.02})
+    score = found["transfer"]["UVM"]["SKCM"]
+    assert (score["c_index"], score["se"]) == pytest.approx((0.51, 0.02))
+    assert (score["lead"], score["lead_se"]) == pytest.approx((0.03, 0.02))
+    assert 0 < score["p_random"] <= score["p_random_bh"] <= score["p_random_holm"] <= 1
 
 
 def test_the_table_can_be_read_while_the_study_runs(study: Study, tmp_path: Path) -> None:

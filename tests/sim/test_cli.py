@@ -33,9 +33,12 @@ def cropkt_sim(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def results(out: Path) -> dict[str, Any]:
-    """Return what a run found, without how long it took."""
+    """Return what a run found, without what it cost."""
     found: dict[str, Any] = json.loads((out / "results.json").read_text())
     assert found.pop("seconds")["total"] > 0
+    for target in found["targets"].values():
+        for arm in target["arms"].values():
+            assert arm.pop("cost")["seconds"] >= 0
     return found
 
 
@@ -54,7 +57,13 @@ def test_writes_its_report_and_prints_the_table(local: tuple[Path, str]) -> None
     assert set(found["targets"]) == {"UVM", "UCS", "CHOL"}
     uvm = found["targets"]["UVM"]
     assert (uvm["patients"], uvm["events"]) == (80, 21)
-    assert set(uvm["arms"]) == {"local", "zero_shot", "roupkt"}
+    assert set(uvm["arms"]) == {
+        *("local", "zero_shot", "vote", "roupkt+", "stack", "auto"),
+        *("random_init", "mean_pool", "self_only"),
+    }
+    curves = uvm["kaplan_meier"]["auto"]
+    assert curves["low"]["patients"] + curves["high"]["patients"] == 80
+    assert curves["low"]["survival"][0] == curves["high"]["survival"][0] == 1
     for arm in uvm["arms"].values():
         assert arm["low"] <= arm["c_index"] <= arm["high"]
     assert sum(uvm["routing"].values()) == pytest.approx(1)
@@ -88,6 +97,19 @@ def test_other_settings_in_the_same_folder_are_refused(local: tuple[Path, str]) 
     assert "folds was 3" in done.stderr
 
 
+def test_few_patients_and_one_model_of_all_are_compared_where_asked_for(tmp_path: Path) -> None:
+    extra = ("--shots", "20,1000,all", "--fedavg-rounds", "1")
+    done = cropkt_sim("run", *SMALL, *extra, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    uvm = results(tmp_path / "run")["targets"]["UVM"]
+    assert {"fedavg", "fedavg_tuned"} <= set(uvm["arms"])
+    few, everybody = uvm["few_shot"]
+    assert (few["patients"], everybody["patients"]) == (20, None)
+    assert len(few["arms"]["auto"]) == 5
+    assert everybody["arms"]["auto"] == [uvm["arms"]["auto"]["c_index"]]
+    assert "fit fedavg: 3 done" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is an optional extra")
 def test_both_engines_give_the_same_results(local: tuple[Path, str], tmp_path: Path) -> None:
@@ -107,7 +129,7 @@ def test_real_patients_at_their_real_hospitals(tmp_path: Path) -> None:
     found = results(tmp_path / "run")
     assert found["targets"]["UVM"]["patients"] == 80
     assert found["targets"]["UVM"]["sites"] > 1
-    assert found["targets"]["UVM"]["arms"]["roupkt"]["c_index"] is not None
+    assert found["targets"]["UVM"]["arms"]["auto"]["c_index"] is not None
 
 
 @pytest.mark.parametrize(
@@ -118,6 +140,7 @@ def test_real_patients_at_their_real_hospitals(tmp_path: Path) -> None:
         (("--data", "clinical"), 64, "--outcomes"),
         (("--data", "clinical", "--outcomes", "/nowhere.csv"), 65, "/nowhere.csv"),
         (("--folds", "1"), 2, "--folds"),
+        (("--shots", "few"), 64, "--shots"),
     ],
 )
 def test_bad_requests_get_one_line(

@@ -42,7 +42,7 @@ def test_zero_shot_never_reads_the_outcomes_it_is_judged_by(seed, fold) -> None:
     days[mine], event[mine] = rng.exponential(size=mine.sum()), rng.random(mine.sum()) < 0.5
     again = zero_shot(Pairs.of(days, event), folds, [risk] * 4)
     assert again.choice[fold] == there.choice[fold]
-    assert np.array_equal(again.risk[mine], there.risk[mine])
+    assert np.array_equal(again.answers[fold, mine], there.answers[fold, mine])
 
 
 @settings(max_examples=40)
@@ -63,7 +63,7 @@ def test_zero_shot_takes_the_source_that_knows() -> None:
     for fold in range(4):
         mine, rest = folds == fold, folds != fold
         scaled = (risk[2] - risk[2, rest].mean()) / risk[2, rest].std()
-        assert got.risk[mine] == pytest.approx(scaled[mine])
+        assert got.answers[fold, mine] == pytest.approx(scaled[mine])
 
 
 def test_zero_shot_takes_the_vote_where_none_stands_out() -> None:
@@ -76,7 +76,7 @@ def test_zero_shot_takes_the_vote_where_none_stands_out() -> None:
             mine, rest = folds == fold, folds != fold
             if choice is None:
                 vote = standardised(risk, rest).mean(0)
-                assert np.array_equal(got.risk[mine], vote[mine])
+                assert np.array_equal(got.answers[fold, mine], vote[mine])
     assert votes >= 72  # of 80
 
 
@@ -86,7 +86,7 @@ def test_zero_shot_reads_each_fold_s_own_units() -> None:
     got = zero_shot(Pairs.of(days, event), folds, [risk, risk, other, risk])
     alone = zero_shot(Pairs.of(days, event), folds, [other] * 4)
     assert got.choice[2] == alone.choice[2]
-    assert np.array_equal(got.risk[folds == 2], alone.risk[folds == 2])
+    assert np.array_equal(got.answers[2], alone.answers[2])
 
 
 def test_zero_shot_of_one_source_and_of_no_pairs() -> None:
@@ -94,7 +94,7 @@ def test_zero_shot_of_one_source_and_of_no_pairs() -> None:
     assert zero_shot(Pairs.of(days, event), folds, [risk] * 4).choice == (None,) * 4
     none = zero_shot(Pairs.of(days, np.zeros(20, bool)), folds, [risk] * 4)
     assert none.choice == (None,) * 4
-    assert np.isfinite(none.risk).all()
+    assert np.isfinite(none.answers).all()
 
 
 def test_standardised_by_the_reference_patients_only() -> None:

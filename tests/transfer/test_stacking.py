@@ -3,7 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cropkt.transfer.stacking import equal_weights, stacked
+from cropkt.survival.partial import partial_likelihood
+from cropkt.transfer.stacking import (
+    SCALE,
+    SCALE_SPREAD,
+    equal_weights,
+    log_evidence,
+    stacked,
+)
 
 
 def sample(n: int, *, seed: int, knows: dict[int, float], sources: int = 4, censored: float = 2):
@@ -60,3 +67,31 @@ def test_folds_share_no_scale() -> None:
     assert stacked(shifted, days, event, folds) == pytest.approx(
         stacked(risks, days, event, folds), abs=1e-4
     )
+
+
+def test_evidence_is_the_integral_over_the_scale() -> None:
+    risks, days, event, folds = sample(120, seed=4, knows={0: 1.0, 1: 0.5})
+    scales = np.linspace(-1.5, 3, 181)
+    prior = -0.5 * ((scales - SCALE) / SCALE_SPREAD) ** 2
+
+    def by_sum(risk) -> float:
+        curves = [partial_likelihood(np.array([b]), risk, days, event, folds) for b in scales]
+        log = np.array([curve.value for curve in curves]) + prior
+        density = np.exp(log - log.max()).sum() * (scales[1] - scales[0])
+        return float(log.max() + np.log(density / SCALE_SPREAD / np.sqrt(2 * np.pi)))
+
+    for column in (0, 1):
+        exact = by_sum(risks[:, [column]])
+        assert log_evidence(risks[:, column], days, event, folds) == pytest.approx(exact, abs=0.1)
+
+
+def test_evidence_prefers_who_knows_and_nobody_without_events() -> None:
+    risks, days, event, folds = sample(200, seed=5, knows={0: 1.5})
+    knows, guesses = (log_evidence(risks[:, i], days, event, folds) for i in (0, 1))
+    assert knows > guesses + 5
+    knows, guesses = (log_evidence(risks[:, i], days, event & False, folds) for i in (0, 1))
+    assert knows == pytest.approx(guesses)
+
+
+def test_without_patients_the_prior_stands() -> None:
+    assert equal_weights(np.empty((0, 2))) == pytest.approx([0.5, 0.25, 0.25])
