@@ -148,7 +148,7 @@ class Verdict:
     """What the guard decided for a site."""
 
     share: Probability  # of other cancers in the answer, mean over folds
-    candidates: dict[Literal["equal", "vote", "stack"], Folds]
+    candidates: dict[Literal["equal", "vote", "stack", "measured"], Folds]
     gain: Change  # in C-index, which the decision expects
 
 

@@ -115,7 +115,7 @@ voices = st.builds(
 verdicts = st.builds(
     Verdict,
     share=probability,
-    candidates=st.dictionaries(st.sampled_from(["equal", "vote", "stack"]), some_folds),
+    candidates=st.dictionaries(st.sampled_from(["equal", "vote", "stack", "measured"]), some_folds),
     gain=change,
 )
 few_shots = st.builds(

@@ -1,13 +1,13 @@
 """The guard: how far a target moves from its own expert towards what the others say.
 
 For every fold, from the other folds alone: experts that say nothing or the contrary are left
-out; each candidate (the equal vote of self and sources, the sources' vote, the stacked experts)
-is judged by its paired lead in C-index over the own expert on the same patients; the lead is
-shrunken by what gains are plausible at all; and the answer moves from the own expert towards the
-best candidate by how sure the lead is, or by the candidate's odds against the own expert in
-out-of-fold partial likelihood, if these are better: the guard steps back to the own expert as far
-as both say so. With no evidence it is two thirds of the way to "self + equal sources"; nothing is
-switched on or off at a threshold.
+out; each candidate (the equal vote of self and sources, the sources' vote, the stacked experts,
+the vote weighted by measured transfer) is judged by its paired lead in C-index over the own expert
+on the same patients; the lead is shrunken by what gains are plausible at all; and the answer moves
+from the own expert towards the best candidate by how sure the lead is, or by the candidate's odds
+against the own expert in out-of-fold partial likelihood, if these are better: the guard steps back
+to the own expert as far as both say so. With no evidence it is two thirds of the way to "self +
+equal sources"; nothing is switched on or off at a threshold.
 
 A candidate is fitted again without each training fold in turn, so that the patients who judge it
 did not choose its weights. No source may hold more than a set part of the answer, however sure
@@ -22,23 +22,24 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import expit, softmax
 from scipy.stats import norm
 
-from cropkt.survival.metrics import Pairs, concordance_of, paired_difference
-from cropkt.transfer.scores import LEAST_ERROR, standardised
+from cropkt.survival.metrics import Pairs, concordance_of, leads, paired_difference
+from cropkt.transfer.scores import LEAST_ERROR, shrunken, standardised
 from cropkt.transfer.stacking import equal_weights, log_evidence, stacked
 
 GAIN = 0.03  # what a transfer is expected to add to a C-index, and by how much that varies
 GAIN_SPREAD = 0.03
 CONTRARY = 2.0  # standard errors below .5 at which an expert counts as contrary
 SAME = 1e-6  # spread below which an answer says the same of everybody
+STRENGTH = 30.0  # logits a unit of C-index, of the weights by measured transfer
 CAP = 0.5  # of the answer's weight that any one source may hold
 
-Candidate = Literal["equal", "vote", "stack"]
-Arm = Literal["equal", "vote", "stack", "auto"]
+Candidate = Literal["equal", "vote", "stack", "measured"]
+Arm = Literal["equal", "vote", "stack", "measured", "auto"]
 Fault = Literal["silent", "contrary"]
-CANDIDATES: tuple[Candidate, ...] = ("equal", "vote", "stack")
+CANDIDATES: tuple[Candidate, ...] = ("equal", "vote", "stack", "measured")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +264,23 @@ def _candidates(
     """Return each candidate's weights (1 + S,) for the risks (n, 1 + S) of training patients."""
     equal = equal_weights(risks[:, 1:])
     vote = equal * (np.arange(len(equal)) > 0)
-    return {"equal": equal, "vote": vote, "stack": stacked(risks, days, event, folds)}
+    return {
+        "equal": equal,
+        "vote": vote,
+        "stack": stacked(risks, days, event, folds),
+        "measured": _measured(Pairs.of(days, event, folds), risks),
+    }
+
+
+def _measured(pairs: Pairs, risks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return weights (1 + S,) that grow with each expert's measured C-index, as a router's start.
+
+    It is what the repaired router is before it learns: where a few relatives stand out they speak
+    almost alone, which the pull to equal sources of `stacked` gives slowly.
+    """
+    value = shrunken(*leads(pairs, risks.T))
+    weights: NDArray[np.float64] = softmax(STRENGTH * (value - value.max()))
+    return weights
 
 
 def _best(
