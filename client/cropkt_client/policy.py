@@ -153,6 +153,8 @@ def within(
             _check_card(card, answer, policy)
             checks.append("its signed card tells no more")
         checks += _audited(card, policy)
+    if isinstance(answer, FedAvgReply):
+        checks += _audited(None, policy)
     enough = _enough(answer, policy)
     if isinstance(answer, ExpertReply | RouterReply | FedAvgReply) and not enough:
         raise SuppressedError(asked.task, f"its cohort has not {bounds}")

@@ -645,6 +645,8 @@ def test_the_models_of_all_cancers_stay(tmp_path: Path, caplog: pytest.LogCaptur
     assert "the weights of a FedAvgReply would leave a private site" in caplog.text
     site.privacy = None
     assert isinstance(site.answers(reply, request), FedAvgReply)
+    careful = Site(tmp_path / "careful", replace(policy, audit=AuditLimit(max_auroc_upper=0.7)))
+    assert code(careful.answers(reply, request)) == "audit"  # nobody audits them
 
 
 def test_what_stays_is_a_typed_error(paid: Site) -> None:
