@@ -28,7 +28,7 @@ def job_of(scene: Scene, *, everyone: bool = True) -> Job:
     models = flatten(scene.target.own)[: scene.target.views].numpy()
     return Job(
         target=scene.target,
-        study=scene.study,
+        study=replace(scene.study, fedavg_rounds=2),
         sources=scene.sources,
         opinions=scene.opinions,
         router=stack,
