@@ -129,20 +129,25 @@ class StudyConfig:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-PUBLISHED = StudyConfig(
-    initial_hazard=None,
-    source="fold_0",
-    arms=("local", "zero_shot", "roupkt"),
-    training=TrainingConfig(drop_last=True, loss="clamped"),
-    router=RouterConfig(
-        drop_last=True,
+def published_router(config: RouterConfig) -> RouterConfig:
+    """Return a router as published, with the optimiser of `config`."""
+    return replace(
+        config,
         keep_own=False,
         renormalise=False,
         balance="patient",
         self_features="in_sample",
         prior="none",
         warm_start=False,
-    ),
+    )
+
+
+PUBLISHED = StudyConfig(
+    initial_hazard=None,
+    source="fold_0",
+    arms=("local", "zero_shot", "roupkt"),
+    training=TrainingConfig(drop_last=True, loss="clamped"),
+    router=published_router(RouterConfig(drop_last=True)),
 )
 """Arm for arm what arXiv 2508.13482 describes."""
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cropkt.cohort.bags import Cohort, mean_pooled
-from cropkt.config import Arm, RouterConfig, StudyConfig
+from cropkt.config import Arm, RouterConfig, StudyConfig, published_router
 from cropkt.experts.abmil import Abmil, flatten, parameter_count
 from cropkt.experts.bank import Opinions, consult
 from cropkt.experts.cost import BACKWARD, Memory, attention_flop, expert_flop
@@ -116,19 +116,6 @@ def arms_of(study: StudyConfig) -> tuple[Arm, ...]:
     router = router_arm(study.router)
     wanted = {"local", router, *study.arms} - ({"roupkt+"} if router == "roupkt" else set())
     return tuple(arm for arm in ARMS if arm in wanted)
-
-
-def published_router(config: RouterConfig) -> RouterConfig:
-    """Return a router as published, with the optimiser of `config`."""
-    return replace(
-        config,
-        keep_own=False,
-        renormalise=False,
-        balance="patient",
-        self_features="in_sample",
-        prior="none",
-        warm_start=False,
-    )
 
 
 def guard(

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cropkt.report.schema import AcrossResult, ExpertResult, TargetResult, TransferScore
+from cropkt.report.values import enough_events
 from cropkt.survival.across import across
 from cropkt.survival.multiplicity import benjamini_hochberg, holm, two_sided
 
-MIN_EVENTS = 5
-"""A target with fewer events is no test, and takes no part in a mean."""
 TRIFLE = 0.03  # of a C-index, which would help nobody
 _BASELINES = ("local", "self_only", "random_init")
 Transfer = Mapping[str, dict[str, TransferScore]]
@@ -28,7 +27,7 @@ def adjust(transfer: Transfer, targets: Mapping[str, TargetResult]) -> None:
     scores = [
         score
         for target, row in transfer.items()
-        if (targets[target].get("events") or 0) >= MIN_EVENTS
+        if enough_events(targets[target])
         for source, score in row.items()
         if source != target
     ]
@@ -76,9 +75,7 @@ def experts(transfer: Transfer, targets: Mapping[str, TargetResult]) -> dict[str
         scores = [
             row[source]
             for target, row in transfer.items()
-            if source in row
-            and source != target
-            and (targets[target].get("events") or 0) >= MIN_EVENTS
+            if source in row and source != target and enough_events(targets[target])
         ]
         summary = across(_column(scores, "c_index"), _column(scores, "se"))
         if summary is None:
@@ -117,7 +114,7 @@ def _differences(
     """Yield an arm's lead over a baseline and its error, of each target that knows both."""
     for target in targets.values():
         found = target.get("arms", {}).get(arm)
-        if found is None or (target.get("events") or 0) < MIN_EVENTS or arm == baseline:
+        if found is None or not enough_events(target) or arm == baseline:
             continue
         if baseline == "local":
             value, error = found.get("gain"), found.get("gain_se")
