@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cropkt.console import one_line
+from cropkt.console import fail, one_line
 
 if TYPE_CHECKING:
     from cropkt_server.settings import Settings
@@ -207,7 +207,9 @@ def start(
     ] = 90.0,
 ) -> None:
     """Run the study until it is finished; run again, it goes on where it was."""
-    with one_line("cropkt-server"):
+    from cropkt_server.readiness import telling_why
+
+    with one_line("cropkt-server"), telling_why():
         _deployed(folder)
         if detach:
             _detach(folder, linger)
@@ -366,9 +368,10 @@ def _store(folder: Path) -> Iterator[Store]:
 
 
 def _detach(folder: Path, linger: float) -> None:
-    """Start the same in the background, and say whether it came up."""
+    """Start the same in the background; return when it listens, or say why it does not."""
     from cropkt.errors import UsageError
     from cropkt_server.lock import running
+    from cropkt_server.readiness import readiness
     from cropkt_server.runtime import LOG_NAME
 
     if (pid := running(folder)) is not None:
@@ -376,18 +379,19 @@ def _detach(folder: Path, linger: float) -> None:
         raise UsageError(folder, problem, "Stop it with cropkt-server stop")
     nothing, log = subprocess.DEVNULL, folder / LOG_NAME
     code = "from cropkt_server.cli import main; main()"
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, "start", str(folder), "--linger", str(linger)],
-        stdin=nothing,
-        stdout=nothing,
-        stderr=nothing,
-        start_new_session=True,  # closing the terminal must not end it
-    )
-    while running(folder) != child.pid:
-        if (ended := child.poll()) is not None:
-            typer.secho(f"cropkt-server: it ended with code {ended}; see {log}", fg="red", err=True)
-            raise typer.Exit(ended)
-        time.sleep(0.1)
+    with readiness() as listening:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", code, "start", str(folder), "--linger", str(linger)],
+            stdin=nothing,
+            stdout=nothing,
+            stderr=nothing,
+            env={**os.environ, **listening.environment},
+            start_new_session=True,  # closing the terminal must not end it
+        )
+        problem = listening.wait(child)
+    if problem is not None:
+        ended = child.wait()
+        fail("cropkt-server", problem or f"it ended with code {ended}; see {log}", ended)
     typer.echo(f"running in the background: process {child.pid}, log {log}")
 
 

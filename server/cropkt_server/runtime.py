@@ -21,6 +21,7 @@ from rich.logging import RichHandler
 from cropkt.errors import ConfigError, DiskFullError, StudyError
 from cropkt.files import disk_full
 from cropkt_server.lock import locked
+from cropkt_server.readiness import tell_ready
 from cropkt_server.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _run(folder: Path, settings: Settings, host: str, console: Console, linger: 
         folder, study=settings.name, host=host, listen=settings.listen, port=settings.port
     ) as superlink:
         where = f"{settings.listen}, port {superlink.port}"
+        tell_ready()
         _tell(console, f"study {settings.name} listens on {where}, for sites that ask for {host}")
         superlink.run_server_app(main, {"study": str(folder), "poll": POLL})
 

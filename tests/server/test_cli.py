@@ -240,10 +240,20 @@ def test_it_runs_in_the_background_and_stops(folder: Path) -> None:
         [*COMMAND, "start", str(folder), "--detach"], capture_output=True, text=True, timeout=60
     )
     assert started.returncode == 0, started.stderr
-    _listening(folder)
+    host, _, port = (load_settings(folder).host or "").partition(":")
+    socket.create_connection((host, int(port)), timeout=1).close()  # at once: it listens
     assert (folder / "server.log").stat().st_mode & 0o777 == 0o600
     assert "stopped" in run("stop", folder).stdout
     assert "not running" in run("stop", folder).stdout
+
+
+@pytest.mark.federation
+def test_what_keeps_it_from_listening_is_said_in_the_foreground(folder: Path) -> None:
+    port = int((load_settings(folder).host or "").rpartition(":")[2])
+    with socket.create_server(("0.0.0.0", port)):
+        refused = run("start", folder, "--detach", code=78)
+    assert f"0.0.0.0:{port}: cannot listen there (Address already in use)." in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 @pytest.mark.federation
