@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 import typer
+import typer.core
 
 from cropkt.errors import CropktError, DiskFullError
 from cropkt.files import disk_full
+
+typer.core.HAS_RICH = False  # typer 0.20 escapes brackets of plain help for a markup not used here
 
 
 @contextlib.contextmanager

@@ -10,10 +10,28 @@ import typer
 
 from cropkt.console import one_line
 
+EXAMPLES = """\b
+26 cancers with planted truth, in minutes:
+  cropkt-sim run --preset demo
+Real patients without slides, from the TCGA-CDR table:
+  cropkt-sim run --data clinical --outcomes tcga_cdr.csv --out clinical-run
+The same, every hospital a site of its own:
+  cropkt-sim run --data clinical --outcomes tcga_cdr.csv --sites hospitals
+Your own slide features:
+  cropkt-sim run --data features --outcomes labels.csv --features FEATURES
+What a privacy budget costs:
+  cropkt-sim run --preset demo --epsilon 8 --out private-run
+
+\b
+Interrupted, the same command goes on where it was. Exit codes: 0 every row is done, 3 rows
+failed, 64 a wrong option, 65 bad data, 78 configuration, 130 interrupted.
+"""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Simulate a federation of hospitals: every TCGA cancer is a site.",
 )
 
@@ -76,16 +94,7 @@ def about() -> None:
     """Simulate a federation of hospitals: every TCGA cancer is a site."""
 
 
-@app.command(
-    help="""Run a whole study: experts, transfer, routing, report.
-
-\b
-cropkt-sim run --preset demo
-cropkt-sim run --data clinical --outcomes tcga_cdr.csv --out clinical-run
-cropkt-sim run --data features --outcomes labels.csv --features FEATS
-cropkt-sim run --data clinical --outcomes tcga_cdr.csv --sites hospitals
-"""
-)
+@app.command(epilog=EXAMPLES)
 def run(
     data: Annotated[DataKind, typer.Option(help="Patients to use.")] = DataKind.synthetic,
     outcomes: Annotated[
@@ -159,6 +168,25 @@ def run(
                 fedavg_rounds=fedavg_rounds,
             )
         )
+
+
+@app.command()
+def hospital(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder: the hospital's.")],
+    cancer: Annotated[str, typer.Option(help="Code of the cancer that it holds.")],
+    seed: Annotated[int, typer.Option(min=0, help="Hospitals of one seed fit together.")] = 0,
+) -> None:
+    """Write what a hospital has, with synthetic patients, to practise a federation.
+
+    The outcomes and slide features lie where the site.yaml expects them that `cropkt-client enrol`
+    writes beside them.
+    """
+    with one_line("cropkt-sim"):
+        from cropkt.cancers import cancer_of
+        from cropkt_sim.practice import write_hospital
+
+        for line in write_hospital(folder, cancer_of(cancer), seed=seed):
+            typer.echo(line)
 
 
 @app.command()

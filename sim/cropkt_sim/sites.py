@@ -35,6 +35,7 @@ from cropkt.errors import CohortError, NotEstimableError, OutcomeTableError, Usa
 from cropkt_client.settings import ASKED
 from cropkt_sim import clinical, synthetic
 from cropkt_sim.clinical import read_clinical
+from cropkt_sim.practice import COLUMNS, table_rows
 from cropkt_sim.slides import file_stamp, read_slides, slide_stamps
 from cropkt_sim.synthetic import Planted, Programs, Truth, draw_cohort, read_planted
 from cropkt_sim.tcga import Patients, has_comparable_pair, split_by_hospital
@@ -333,8 +334,5 @@ def _write_site(
     (folder / "site.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     with (folder / "outcomes.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(("patient_id", "slide_id", "time", "event", "cancer", "site"))
-        for row in rows:
-            for slide in row.slides:
-                days, event = f"{row.days:.17g}", int(row.event)
-                table.writerow((row.patient_id, slide, days, event, row.cancer, row.hospital))
+        table.writerow(COLUMNS)
+        table.writerows(values for row in rows for values in table_rows(row))
