@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
+import sys
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 import typer.core
 
+import cropkt
 from cropkt.errors import CropktError, DiskFullError
 from cropkt.files import disk_full
 
 typer.core.HAS_RICH = False  # typer 0.20 escapes brackets of plain help for a markup not used here
+
+
+TRACEBACK = "CROPKT_TRACEBACK"  # if set, an error that nobody thought of keeps its own text
+FAULT = 70  # exit code of one
 
 
 @contextlib.contextmanager
@@ -21,17 +31,30 @@ def one_line(command: str) -> Iterator[None]:
     try:
         yield
     except CropktError as error:
-        fail(command, str(error), error.exit_code)
+        fail(command, f"{error} [{type(error).__name__}]", error.exit_code)
     except KeyboardInterrupt:
         fail(command, "interrupted; run the same command to go on", 130)
     except Exception as error:
         where = getattr(error, "filename", None) or "this machine"
         if disk_full(error):
             full = DiskFullError(where, "no space is left on a disk", "Free some, and try again")
-            fail(command, str(full), full.exit_code)
-        if not isinstance(error, OSError):
+            fail(command, f"{full} [DiskFullError]", full.exit_code)
+        if isinstance(error, OSError):
+            fail(command, f"{where}: {error.strerror or type(error).__name__}. [OSError]", 74)
+        if os.environ.get(TRACEBACK):
             raise
-        fail(command, f"{where}: {error.strerror or type(error).__name__}.", 74)
+        fail(command, _fault(error), FAULT)
+
+
+def _fault(error: Exception) -> str:
+    """Return what to report of an error that nobody thought of, without its text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    way = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)
+    about = f"cropkt {cropkt.__version__}, Python {platform.python_version()}, {sys.platform}"
+    return (
+        f"a fault in cropkt: {type(error).__name__} at {way} ({about}). Report this line; the "
+        f"error's own text may name a patient and is left out: {TRACEBACK}=1 shows it here. [Fault]"
+    )
 
 
 def fail(command: str, text: str, code: int) -> NoReturn:
