@@ -47,13 +47,13 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Change = Annotated[float, Field(ge=-1, le=1)]  # of a C-index
 Folds = Annotated[int, Field(ge=0, le=10)]
 Code = Literal[
-    "data",
-    "no_cohort",
-    "not_estimable",
-    "training_failed",
-    "refused",
-    "bad_message",
-    "internal",
+    "data",  # a file or a cohort of the site is not what it must be
+    "no_cohort",  # the site serves no patients of this cancer
+    "not_estimable",  # its patients cannot determine what was asked
+    "training_failed",  # training diverged, ran out of memory, or its process died
+    "refused",  # an expert that was sent is not to be trusted, or not for this study
+    "bad_message",  # the request is not in the contract: another version
+    "internal",  # a fault: report it with its reference
     "budget",  # what is left of the cohort's privacy budget does not allow it
     "policy",  # the site's rules let nothing like this leave
     "suppressed",  # too few patients or events stand behind it

@@ -84,7 +84,7 @@ def _lines(settings: Any, prefix: str) -> Iterator[str]:
     indent = "  " * prefix.count(".")
     for item in fields(settings):
         path, value = f"{prefix}{item.name}", getattr(settings, item.name)
-        for line in _meaning(path).splitlines():
+        for line in meaning(path).splitlines():
             yield f"{indent}# {line}"
         if is_dataclass(value):
             yield f"{indent}{item.name}:"
@@ -94,7 +94,8 @@ def _lines(settings: Any, prefix: str) -> Iterator[str]:
             yield f"{indent}{item.name}: {_scalar(plain)}"
 
 
-def _meaning(path: str) -> str:
+def meaning(path: str) -> str:
+    """Return what a setting means, by its path: `study.training.epochs`."""
     shared = path.startswith(_OF_OPTIMISERS) and path not in _SAYS
     return _SAYS.get(path.rpartition(".")[2] if shared else path, "")
 

@@ -1,0 +1,1 @@
+"""Makes `docs/reference/` from the code, and finds the commands in the documentation."""
