@@ -1,0 +1,189 @@
+"""Every command of the documentation is run, and prints what the page says it prints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from cropkt_docs.blocks import ROOT, SHOWN, Block, LabelError, Step, blocks, pages
+
+BLOCKS = [block for page in pages() for block in blocks(page)]
+QUICK = [block for block in BLOCKS if block.label == "run"]
+SLOW = [block for block in BLOCKS if block.label in ("run", "slow")]
+
+
+def by_page(chosen: Sequence[Block], label: str) -> list[tuple[str, list[Block]]]:
+    """Return the blocks of every page that has one with this label."""
+    found = [(page, list(mine)) for page, mine in groupby(chosen, key=lambda block: block.page)]
+    return [(page, mine) for page, mine in found if any(one.label == label for one in mine)]
+
+
+class Shell:
+    """A shell that is told commands one at a time, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        home = folder / "home"
+        home.mkdir()
+        place = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self._process = subprocess.Popen(
+            ["bash", "--noprofile", "--norc"],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                "PATH": place,
+                "HOME": str(home),
+                "COLUMNS": "120",
+                "VENV": sys.prefix,
+                "CROPKT_SOURCE": str(ROOT),
+            },
+            start_new_session=True,
+        )
+
+    def run(self, command: str) -> tuple[str, int]:
+        """Return what a command printed, and its exit code."""
+        mark = f"end-{secrets.token_hex(8)}"
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(f"{command}\necho {mark} $?\n")
+        stdin.flush()
+        lines: list[str] = []
+        for line in stdout:
+            if mark in line:
+                before, _, code = line.partition(mark)
+                return "".join([*lines, before]), int(code)
+            lines.append(line)
+        return "".join(lines), -1
+
+    def end(self) -> None:
+        """End the shell and whatever it left running."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        self._process.kill()
+        self._process.wait(10)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    one = Shell(tmp_path)
+    yield one
+    one.end()
+
+
+def plain(text: str) -> list[str]:
+    """Return lines whose words with digits and whose spaces are all alike."""
+    words = (line.split() for line in text.replace(str(Path.home()), "~").splitlines())
+    return [" ".join("#" if re.search(r"\d", word) else word for word in line) for line in words]
+
+
+def agrees(told: str, printed: str) -> bool:
+    """Return whether what a page shows is what was printed; `...` stands for any lines."""
+    pattern = "".join(
+        r"(?:.*\n)*" if line == "..." else re.escape(line) + r"\n" for line in plain(told)
+    )
+    return re.fullmatch(pattern, "".join(f"{line}\n" for line in plain(printed))) is not None
+
+
+def follow(shell: Shell, mine: Sequence[Block]) -> None:
+    """Do what a page says."""
+    for block in mine:
+        for step in block.steps():
+            _follow(shell, block, step)
+
+
+def _follow(shell: Shell, block: Block, step: Step) -> None:
+    command = step.command
+    if block.language == "python":
+        command = f"python - <<'PYTHON'\n{command}\nPYTHON"
+    printed, code = shell.run(command)
+    said = f"{block.where}: $ {step.command}\n{printed}"
+    assert code == step.code, said
+    if step.output is not None:
+        assert agrees(step.output, printed), f"{said}\nthe page shows:\n{step.output}"
+
+
+@pytest.mark.parametrize(("page", "mine"), by_page(QUICK, "run"), ids=lambda x: str(x)[:40])
+def test_the_quick_commands_of_a_page(page: str, mine: list[Block], shell: Shell) -> None:
+    if page in {slow for slow, _ in by_page(SLOW, "slow")}:
+        pytest.skip("its quick commands need its slow ones: make test-docs runs both")
+    follow(shell, mine)
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("page", "mine"), by_page(SLOW, "slow"), ids=lambda x: str(x)[:40])
+def test_all_commands_of_a_page(page: str, mine: list[Block], shell: Shell) -> None:
+    follow(shell, mine)
+
+
+def test_what_is_not_run_says_why() -> None:
+    """List them with `pytest -rA`."""
+    for block in BLOCKS:
+        if block.label == "shown":
+            assert SHOWN[block.reason]
+    assert {block.label for block in BLOCKS} == {"run", "slow", "shown"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("```\nls\n```\n", "name the block's language"),
+        ("```sh\nls\n```\n", "label the block"),
+        ("```sh later\nls\n```\n", "is no label"),
+        ("```sh shown\nls\n```\n", "is no label"),
+        ("```sh shown=lazy\nls\n```\n", "is no label"),
+        ("```sh run=root\nls\n```\n", "is no label"),
+        ("```sh run\nls\n", "never ends"),
+        ("```console run\nprinted\n$ ls\n```\n", "output before"),
+    ],
+)
+def test_a_block_without_a_known_label_is_an_error(
+    text: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cropkt_docs.blocks.ROOT", tmp_path)
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(LabelError, match=re.escape(says)):
+        [block.steps() for block in blocks(tmp_path / "page.md")]
+
+
+@pytest.mark.parametrize(
+    ("told", "printed", "same"),
+    [
+        ("port 8443", "port 9000", True),
+        ("port 8443", "gate 8443", False),
+        ("a\n...\nz", "a\nb\nc\nz", True),
+        ("a\n...\nz", "a\nz\n", True),
+        ("a\n...\nz", "a\nb", False),
+        ("", "something", False),
+    ],
+)
+def test_numbers_may_differ_and_words_may_not(told: str, printed: str, same: bool) -> None:
+    assert agrees(told, printed) is same
+
+
+def test_a_failing_or_lying_command_is_found(shell: Shell, tmp_path: Path) -> None:
+    def block(text: str, language: str = "console", code: int = 0) -> list[Block]:
+        return [
+            Block(page="p", line=1, language=language, label="run", reason="", code=code, text=text)
+        ]
+
+    follow(shell, block("$ echo one; \\\n  echo two\none\ntwo\n$ export X=4"))
+    follow(shell, block("test $X = 4; (exit 3)", "sh", code=3))
+    follow(shell, block("assert 1 + 1 == 2", "python"))
+    for wrong in (block("$ false"), block("$ echo one\ntwo"), block("1 / 0", "python")):
+        with pytest.raises(AssertionError, match="p:1"):
+            follow(shell, wrong)
