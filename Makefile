@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 
-CODE := cropkt server/cropkt_server client/cropkt_client sim/cropkt_sim
+CODE := cropkt server/cropkt_server client/cropkt_client sim/cropkt_sim docs/cropkt_docs
 
 FUZZ ?= 100000
 
@@ -20,13 +20,15 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-ray test-federation fuzz lint types wheel bench clean
+.PHONY: help demo test test-ray test-federation test-docs docs fuzz lint types wheel bench clean
 
 help:
 	@echo "make demo             run a small synthetic study; the report lands in demo-out/"
 	@echo "make test             lint, types and all tests but the ray and federation ones"
 	@echo "make test-ray         tests that start Ray inside the test process"
 	@echo "make test-federation  tests that start real coordinator and hospital processes"
+	@echo "make test-docs        the longer commands of README and docs, as they are printed there"
+	@echo "make docs             write docs/reference/ anew from the code"
 	@echo "make fuzz             100,000 hostile inputs to the parsers, and again with atheris"
 	@echo "make lint             ruff and import-linter"
 	@echo "make types            mypy"
@@ -38,13 +40,19 @@ demo: $(RUN)
 	$(BIN)/cropkt-sim run --preset demo --out demo-out
 
 test: lint types
-	$(BIN)/python -m pytest -m "not federation and not ray"
+	$(BIN)/python -m pytest -m "not federation and not ray and not docs"
 
 test-ray: $(DEV)
 	$(BIN)/python -m pytest -m ray
 
 test-federation: $(DEV)
 	$(BIN)/python -m pytest -m federation
+
+test-docs: $(DEV)
+	$(BIN)/python -m pytest -m docs
+
+docs: $(DEV)
+	PYTHONPATH=docs $(BIN)/python -m cropkt_docs
 
 fuzz: $(DEV)
 	CROPKT_FUZZ=$(FUZZ) $(BIN)/python -m pytest --timeout 7200 tests/fuzz
@@ -68,7 +76,7 @@ bench: $(DEV)
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) dist build demo-out bench-out \
+	rm -rf $(VENV) dist build demo-out bench-out practice \
 		.hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find $(CODE) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,20 +19,23 @@ import pytest
 from cropkt_docs.blocks import ROOT, SHOWN, Block, LabelError, Step, blocks, pages
 
 BLOCKS = [block for page in pages() for block in blocks(page)]
-QUICK = [block for block in BLOCKS if block.label == "run"]
-SLOW = [block for block in BLOCKS if block.label in ("run", "slow")]
+IN_SOURCE = ("README.md", "CONTRIBUTING.md")  # pages to be followed in the source tree
 
 
-def by_page(chosen: Sequence[Block], label: str) -> list[tuple[str, list[Block]]]:
-    """Return the blocks of every page that has one with this label."""
+def by_page(*, slow: bool) -> list[tuple[str, list[Block]]]:
+    """Return the blocks to run of every page that has some, slow ones among them or none."""
+    chosen = [block for block in BLOCKS if block.label != "shown"]
     found = [(page, list(mine)) for page, mine in groupby(chosen, key=lambda block: block.page)]
-    return [(page, mine) for page, mine in found if any(one.label == label for one in mine)]
+    return [
+        (page, mine) for page, mine in found if any(one.label == "slow" for one in mine) == slow
+    ]
 
 
 class Shell:
     """A shell that is told commands one at a time, in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         home = folder / "home"
         home.mkdir()
         place = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -47,8 +51,6 @@ class Shell:
                 "PATH": place,
                 "HOME": str(home),
                 "COLUMNS": "120",
-                "VENV": sys.prefix,
-                "CROPKT_SOURCE": str(ROOT),
             },
             start_new_session=True,
         )
@@ -116,18 +118,38 @@ def _follow(shell: Shell, block: Block, step: Step) -> None:
         assert agrees(step.output, printed), f"{said}\nthe page shows:\n{step.output}"
 
 
-@pytest.mark.parametrize(("page", "mine"), by_page(QUICK, "run"), ids=lambda x: str(x)[:40])
-def test_the_quick_commands_of_a_page(page: str, mine: list[Block], shell: Shell) -> None:
-    if page in {slow for slow, _ in by_page(SLOW, "slow")}:
-        pytest.skip("its quick commands need its slow ones: make test-docs runs both")
+def name(value: object) -> str:
+    """Return how a test of a page is called."""
+    return value if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize(("page", "mine"), by_page(slow=False), ids=name)
+def test_the_commands_of_a_page(page: str, mine: list[Block], shell: Shell) -> None:
     follow(shell, mine)
 
 
 @pytest.mark.docs
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("page", "mine"), by_page(SLOW, "slow"), ids=lambda x: str(x)[:40])
-def test_all_commands_of_a_page(page: str, mine: list[Block], shell: Shell) -> None:
+@pytest.mark.parametrize(("page", "mine"), by_page(slow=True), ids=name)
+def test_the_longer_commands_of_a_page(page: str, mine: list[Block], shell: Shell) -> None:
+    if page in IN_SOURCE:
+        shell.run(f"cd {source_tree(shell.folder)}")
     follow(shell, mine)
+
+
+def source_tree(folder: Path) -> Path:
+    """Copy the source tree, with this environment as its `.venv`; return the copy."""
+    if not (Path(sys.prefix) / ".installed-run").exists():
+        pytest.skip("`make demo` would install: run this with make test-docs")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    copy = folder / "source"
+    for path in filter(None, listed.stdout.split("\0")):
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / path, copy / path)  # with its time, or make would install again
+    (copy / ".venv").symlink_to(sys.prefix)
+    return copy
 
 
 def test_what_is_not_run_says_why() -> None:
