@@ -76,7 +76,7 @@ class Shell:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         self._process.kill()
-        self._process.wait(10)
+        self._process.communicate()  # closes the pipes
 
 
 @pytest.fixture
