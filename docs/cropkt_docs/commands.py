@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import click
-import typer
 from typer.main import get_command
 
 import cropkt_client.cli
@@ -75,7 +75,7 @@ def _row(parameter: Any, context: Any) -> tuple[str, str, str]:
 def _prose(text: str) -> str:
     """Return help text as Markdown: a paragraph that begins with a backspace keeps its lines."""
     out = []
-    for paragraph in re.split(r"\n\s*\n", typer.main.inspect.cleandoc(text)):
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
         kept = paragraph.startswith("\b\n") or "\b" in paragraph.split("\n")[0]
         lines = [line.strip() if not kept else line.rstrip() for line in paragraph.split("\n")]
         lines = [line for line in lines if line.strip("\b ")]

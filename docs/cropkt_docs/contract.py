@@ -45,7 +45,8 @@ def messages_page() -> str:
 
 def card_page() -> str:
     """Return `card.md`."""
-    parts = (_section(kind, "##") for kind in (Card, *_parts((Card,))))
+    card: tuple[type[Any], ...] = (Card,)
+    parts = (_section(kind, "##") for kind in (*card, *_parts(card)))
     return "\n".join([_CARD, *parts])
 
 

@@ -74,7 +74,7 @@ def in_words(hint: Any) -> str:
         return f"list of: {in_words(inside[0])}"
     if origin is dict:
         return f"mapping from {in_words(inside[0])} to {in_words(inside[1])}"
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return f"[{hint.__name__}](#{hint.__name__.lower()})"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "cancer code"

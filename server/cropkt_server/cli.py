@@ -388,10 +388,10 @@ def _detach(folder: Path, linger: float) -> None:
             env={**os.environ, **listening.environment},
             start_new_session=True,  # closing the terminal must not end it
         )
-        problem = listening.wait(child)
-    if problem is not None:
+        why_not = listening.wait(child)
+    if why_not is not None:
         ended = child.wait()
-        fail("cropkt-server", problem or f"it ended with code {ended}; see {log}", ended)
+        fail("cropkt-server", why_not or f"it ended with code {ended}; see {log}", ended)
     typer.echo(f"running in the background: process {child.pid}, log {log}")
 
 
