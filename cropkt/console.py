@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import typer
 import typer.core
+from click import ClickException
 
 import cropkt
 from cropkt.errors import CropktError, DiskFullError
@@ -32,6 +33,8 @@ def one_line(command: str) -> Iterator[None]:
         yield
     except CropktError as error:
         fail(command, f"{error} [{type(error).__name__}]", error.exit_code)
+    except (typer.Exit, typer.Abort, ClickException):
+        raise  # how a command ends that has said all itself
     except KeyboardInterrupt:
         fail(command, "interrupted; run the same command to go on", 130)
     except Exception as error:

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from cropkt import __version__
-from cropkt.console import TRACEBACK, one_line
+from cropkt.console import TRACEBACK, fail, one_line
 from cropkt.errors import CohortError
 
 
@@ -45,6 +45,15 @@ def test_a_fault_names_the_place_and_leaves_its_text_out(
     monkeypatch.setenv(TRACEBACK, "1")
     with pytest.raises(KeyError, match="Jane"), one_line("cropkt-sim"):
         raises()
+
+
+def test_a_command_that_has_said_all_itself_ends_as_it_wants(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def raises() -> None:
+        fail("cropkt-sim", "enough", 3)
+
+    assert ended(raises, capsys) == ("cropkt-sim: enough", 3)
 
 
 @pytest.mark.parametrize(
