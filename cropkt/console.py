@@ -1,15 +1,19 @@
-"""How every command ends when something is wrong: one line, one exit code."""
+"""What all commands have in common: `--version`, and one line and one exit code for what is wrong."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
+import typer.core
 
 from cropkt.errors import CropktError, DiskFullError
 from cropkt.files import disk_full
+
+# Importing rich would double what --help takes, and put a backslash before each [default: ...].
+typer.core.HAS_RICH = False
 
 
 @contextlib.contextmanager
@@ -29,6 +33,24 @@ def one_line(command: str) -> Iterator[None]:
         if not isinstance(error, OSError):
             raise
         fail(command, f"{where}: {error.strerror or type(error).__name__}.", 74)
+
+
+def show_version(asked: bool) -> None:
+    """Print which release this is and on which Flower it runs, and exit, if that was asked."""
+    if asked:
+        from importlib.metadata import version
+
+        import cropkt
+
+        typer.echo(f"cropkt {cropkt.__version__}, Flower {version('flwr')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=show_version, is_eager=True, help="Which release this is."),
+]
+"""The option `--version` of every command."""
 
 
 def fail(command: str, text: str, code: int) -> NoReturn:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cropkt.console import one_line
+from cropkt.console import Version, one_line
 from cropkt_client import governance
 from cropkt_client.governance import AsJson, Config
 
@@ -44,6 +44,7 @@ app = typer.Typer(
 
     \b
     cropkt-client enrol INVITE
+    cropkt-client doctor
     cropkt-client --site lumc --cancer UVM --cancer SKCM
     cropkt-client --site lumc --cancer UVM --detach
     cropkt-client status
@@ -66,6 +67,7 @@ def client(
     config: Config = None,
     detach: Annotated[bool, typer.Option("--detach", help="Serve in the background.")] = False,
     device: Annotated[str, typer.Option(help=_DEVICES, show_default=False)] = "auto",
+    version: Version = False,
 ) -> None:
     """Serve a study until the coordinator closes it."""
     context.obj = config or Path("site.yaml")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cropkt.console import one_line
+from cropkt.console import Version, one_line
 
 if TYPE_CHECKING:
     from cropkt_server.settings import Settings
@@ -44,10 +44,16 @@ app = typer.Typer(
     \b
     cropkt-server init study --study eye --host hub.example.org
     cropkt-server invite study --site lumc --cancer UVM
+    cropkt-server doctor study
     cropkt-server start study
     cropkt-server status study
     """,
 )
+
+
+@app.callback()
+def server(version: Version = False) -> None:
+    """Set up a study, invite hospitals, run it."""
 
 
 @app.command()

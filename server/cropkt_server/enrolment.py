@@ -32,7 +32,7 @@ from cropkt.invite import Invite, Token
 from cropkt.messages import PROTOCOL, SiteName, Version
 from cropkt_server.pki import Keys
 from cropkt_server.roster import EnrolledSite, EnrolmentRefusedError, Roster
-from cropkt_server.versions import together
+from cropkt.versions import together
 
 log = logging.getLogger("cropkt.server")
 

@@ -49,7 +49,7 @@ from cropkt_server.quarantine import Quarantine
 from cropkt_server.questions import ANSWERS, Questions
 from cropkt_server.revocation import Revocation
 from cropkt_server.store import OPEN, Kind, Task
-from cropkt_server.versions import together
+from cropkt.versions import together
 
 MAX_TRIES = 100  # in the weeks of one training a site may go and come back as often
 REVOKED = "revoked"

@@ -8,13 +8,19 @@ from typing import Annotated
 
 import typer
 
-from cropkt.console import one_line
+from cropkt.console import Version, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Simulate a federation of hospitals: every TCGA cancer is a site.",
+    rich_markup_mode=None,
+    help="""Simulate a federation of hospitals: every TCGA cancer is a site.
+
+    \b
+    cropkt-sim run --preset demo
+    cropkt-sim report demo-out
+    """,
 )
 
 
@@ -72,7 +78,7 @@ class Programs(StrEnum):
 
 
 @app.callback()
-def about() -> None:
+def about(version: Version = False) -> None:
     """Simulate a federation of hospitals: every TCGA cancer is a site."""
 
 
