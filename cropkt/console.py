@@ -1,4 +1,4 @@
-"""What all commands have in common: `--version`, and one line and one exit code for what is wrong."""
+"""What all commands share: `--version`, and one line and one exit code for what is wrong."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 
 
 def together(ours: str, theirs: str) -> bool:
-    """Return whether two releases of a package go together: those of one series, 1.4.0 and 1.4.2."""
+    """Return whether two releases of a package go together: of one series, as 1.4.0 and 1.4.2."""
     return ours.split(".")[:2] == theirs.split(".")[:2]
 
 

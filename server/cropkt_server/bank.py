@@ -82,6 +82,11 @@ class Bank:
         with self._lock:
             return self._experts(self._db)
 
+    def encoder(self) -> str | None:
+        """Return whose features the experts read that sites gave; None before the first."""
+        given = [one for one in self.experts() if one.task and one.revoked_at is None]
+        return given[0].card.encoder if given else None
+
     def revoked(self) -> frozenset[str]:
         """Return the hashes of those that were revoked."""
         with self._lock:

@@ -135,10 +135,9 @@ class Experts:
             EncoderMismatchError: it is another.
         """
         mine = self._findings.descriptions()[task.site].encoder
-        given = [e for e in self._bank.experts() if e.task and e.revoked_at is None]
-        if given and given[0].card.encoder != mine:
-            first = given[0].card
-            problem = f"it reads features of {mine!r}, and {first.site} of {first.encoder!r}"
+        given = self._bank.encoder()
+        if given is not None and given != mine:
+            problem = f"it reads features of {mine!r}, and the experts so far of {given!r}"
             fix = "Agree on one encoder, and write its name into every site.yaml"
             raise EncoderMismatchError(task.id, problem, fix)
         return mine

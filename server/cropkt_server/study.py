@@ -43,13 +43,13 @@ from cropkt.messages import (
     Message,
     TransferReply,
 )
+from cropkt.versions import together
 from cropkt_server.findings import Findings
 from cropkt_server.membership import Member, missing
 from cropkt_server.quarantine import Quarantine
 from cropkt_server.questions import ANSWERS, Questions
 from cropkt_server.revocation import Revocation
 from cropkt_server.store import OPEN, Kind, Task
-from cropkt.versions import together
 
 MAX_TRIES = 100  # in the weeks of one training a site may go and come back as often
 REVOKED = "revoked"
