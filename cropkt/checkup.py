@@ -6,9 +6,13 @@ No text of an error that cropkt did not write itself is ever shown: it may name 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import typer
@@ -16,6 +20,9 @@ import typer
 from cropkt.errors import CropktError
 
 Word = Literal["ok", "warn", "fail", "skipped"]
+SOON = 30  # days before its end in which a certificate is warned of
+DAY = 86_400.0  # seconds
+LITTLE_DISK, TOO_LITTLE_DISK = 10e9, 1e9  # bytes
 _COLOURS: dict[Word, str] = {"ok": "green", "warn": "yellow", "fail": "red", "skipped": "dim"}
 
 
@@ -64,6 +71,38 @@ def failed(check: str, error: CropktError) -> Finding:
     """Return what an error says, with where it says that."""
     where = f"{error.where}: " if error.where else ""
     return fail(check, f"{where}{error.problem}", error.fix)
+
+
+def until(check: str, ends: Iterable[tuple[str, float, str]]) -> Finding:
+    """Judge how long certificates are still valid.
+
+    Args:
+        check: its name.
+        ends: whose, the last second (unix), and the fix.
+    """
+    days = [(whose, end, (end - time.time()) / DAY, fix) for whose, end, fix in ends]
+    for whose, _, left, fix in days:
+        if left < SOON:
+            return warn(check, f"{whose} ends in {left:.0f} days", fix)
+    told = (f"{whose} {time.strftime('%Y-%m-%d', time.gmtime(end))}" for whose, end, *_ in days)
+    return ok(check, f"valid until: {', '.join(told)}")
+
+
+def disk(folder: Path, fix: str) -> Finding:
+    """Write a file where a folder is or will be, and look how much room is left."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"cropkt")
+            file.flush()
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        return fail("disk", f"{there} cannot be written ({why})", f"Let this user write. {fix}")
+    text = f"{free / 1e9:.1f} GB free for {folder}"
+    if free < TOO_LITTLE_DISK:
+        return fail("disk", text, fix)
+    return warn("disk", text, fix) if free < LITTLE_DISK else ok("disk", text)
 
 
 def part(name: str, checks: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

@@ -134,7 +134,16 @@ def status(context: typer.Context, config: Config = None, as_json: AsJson = Fals
     raise typer.Exit(0 if pid else 3)
 
 
-@app.command()
+@app.command(
+    help="""Check connection, machine and data; exit code 1 if something will fail.
+
+    What is shown holds counts, and no id, file name or time of a patient.
+
+    \b
+    cropkt-client doctor
+    cropkt-client doctor --config site.yaml --probe 60 --json
+    """
+)
 def doctor(
     context: typer.Context,
     config: Config = None,
@@ -148,12 +157,7 @@ def doctor(
     ] = False,
     device: Annotated[str, typer.Option(help=_DEVICES, show_default=False)] = "auto",
 ) -> None:
-    r"""Check connection, machine and data; exit code 1 if something will fail.
-
-    \b
-    cropkt-client doctor
-    cropkt-client doctor --config site.yaml --probe 60 --json
-    """
+    """Check connection, machine and data."""
     from cropkt.checkup import show
     from cropkt_client.doctor import examine
 

@@ -21,7 +21,7 @@ from cropkt.messages import Signed
 
 SHORTEST = 8  # characters of a hash that name an expert
 
-_SCHEMAS = (
+SCHEMAS = (
     """
 CREATE TABLE expert (
     hash TEXT PRIMARY KEY,
@@ -60,7 +60,7 @@ class Bank:
 
     def __init__(self, folder: Path) -> None:
         self._lock = threading.RLock()
-        self._db = opened(folder / "bank.sqlite", _SCHEMAS, wait=10)
+        self._db = opened(folder / "bank.sqlite", SCHEMAS, wait=10)
 
     def close(self) -> None:
         """Close the database."""

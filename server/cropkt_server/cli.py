@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, of `start`: every row is done; 3 the study finished with failed or missing
 rows, of `status`: it does not run; 130 and 143 interrupted, 64 a wrong option, 74 a disk that is
-full, 78 configuration, 1 another error.
+full, 78 configuration, 1 another error, of `doctor`: something will fail.
 """
 
 from __future__ import annotations
@@ -202,6 +202,24 @@ def revoke(
         with contextlib.closing(Roster(folder)) as roster:
             enrolled = roster.revoke(site)
         typer.echo(f"{site} is cut off" if enrolled else f"the invite of {site} is void")
+
+
+@app.command(
+    help="""Check keys, port, disk, databases, bank and sites; exit code 1 if something will fail.
+
+    \b
+    cropkt-server doctor study
+    cropkt-server doctor study --json
+    """
+)
+def doctor(folder: Dir = HERE, as_json: AsJson = False) -> None:
+    """Check keys, port, disk, databases, bank and sites."""
+    from cropkt.checkup import show
+    from cropkt_server.doctor import examine
+
+    with one_line("cropkt-server"):
+        code = show(examine(folder), as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cropkt.cancers import Cancer
-from cropkt.checkup import Finding, fail, ok, skipped, warn
+from cropkt.checkup import Finding, disk, fail, ok, skipped, warn
 from cropkt.config import StudyConfig
 from cropkt.errors import CropktError
 from cropkt_client.doctor import machine
@@ -18,7 +17,6 @@ from cropkt_client.worker import Worker
 GB = 1e9
 CLOSE = 1e-3  # how far a device's product may be from the CPU's: TF32 has ten bits
 LITTLE_MEMORY, TOO_LITTLE_MEMORY = 8 * GB, 2 * GB
-LITTLE_DISK, TOO_LITTLE_DISK = 10 * GB, 1 * GB
 LITTLE_SHARED = 64e6
 NIGHT = 12 * 3600.0  # seconds
 
@@ -36,7 +34,7 @@ class Compute:
         """Yield a finding a check."""
         yield from self._kernel()
         yield _memory()
-        yield _disk(self._state)
+        yield disk(self._state, _FREE)
         yield _shared()
 
     def probe(
@@ -142,24 +140,6 @@ def _memory() -> Finding:
     if available < LITTLE_MEMORY:
         return warn("memory", text, "Large bags may not fit: end other programs")
     return ok("memory", text)
-
-
-def _disk(state: Path) -> Finding:
-    """Write a file where the site keeps its state, and look how much room is left."""
-    folder = next(one for one in (state, *state.parents) if one.is_dir())
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"cropkt")
-            file.flush()
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        why = error.strerror or type(error).__name__
-        fix = "Let this user write there, or set `state` in site.yaml to another folder"
-        return fail("disk", f"{folder} cannot be written ({why})", fix)
-    text = f"{free / GB:.1f} GB free for {state}"
-    if free < TOO_LITTLE_DISK:
-        return fail("disk", text, _FREE)
-    return warn("disk", text, _FREE) if free < LITTLE_DISK else ok("disk", text)
 
 
 def _shared() -> Finding:

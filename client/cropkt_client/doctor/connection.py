@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from cropkt.checkup import Finding, fail, failed, ok, skipped, warn
+from cropkt.checkup import Finding, fail, failed, ok, skipped, until, warn
 from cropkt.errors import ConfigError, CropktError, RefusedError, UnavailableError
 from cropkt.knock import Knock
 from cropkt.versions import together, unfit
@@ -30,8 +30,6 @@ from cropkt_client.link import (
 from cropkt_client.serve import check
 from cropkt_client.settings import SiteConfig
 
-SOON = 30  # days before its end in which a certificate is warned of
-DAY = 86_400.0  # seconds
 NEAR = 5.0  # seconds that no clock is blamed for: a Date header has whole ones
 
 _CHECKS = (
@@ -191,18 +189,12 @@ def _resolve(host: str) -> Finding:
 
 
 def _dates(answer: Answer, authority: x509.Certificate) -> Finding:
-    ends = authority.not_valid_after_utc.timestamp()
-    ours = [("the authority's", ends, "Ask the coordinator to set the study up anew")]
+    last = authority.not_valid_after_utc.timestamp()
+    ends = [("the authority's", last, "Ask the coordinator to set the study up anew")]
     if answer.expires is not None:
         renew = "Ask the coordinator for cropkt-server renew"
-        ours.insert(0, ("the server's", answer.expires, renew))
-    for whose, end, fix in ours:
-        if (days := (end - time.time()) / DAY) < SOON:
-            return warn("certificate dates", f"{whose} ends in {days:.0f} days", fix)
-    until = "; ".join(
-        f"{whose} until {time.strftime('%Y-%m-%d', time.gmtime(end))}" for whose, end, _ in ours
-    )
-    return ok("certificate dates", until)
+        ends.insert(0, ("the server's", answer.expires, renew))
+    return until("certificate dates", ends)
 
 
 def _clock(answer: Answer, at: float) -> Finding:
