@@ -193,8 +193,9 @@ def _speed(seen: _Seen) -> Finding:
         size, seconds, how = seen.bytes, seen.seconds, "perhaps from memory"
     speed = size / max(seconds, 1e-9)
     text = f"{speed / MB:.0f} MB/s, {how}"
-    # A few megabytes are mostly the opening of files.
-    if speed < SLOW and size > 10 * MB:
+    if size < 10 * MB:
+        return ok(check, f"too little to measure ({size / MB:.1f} MB)")
+    if speed < SLOW:
         return warn(check, text, "Copy the slides to a local disk")
     return ok(check, text)
 
