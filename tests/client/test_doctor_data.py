@@ -20,7 +20,7 @@ from cropkt_client.doctor import machine
 from cropkt_client.doctor.cohort import Cohorts
 
 SECRET = "SECRET"  # every id and file name begins with it
-PATIENTS, DIM = 60, 5
+PATIENTS, DIM = 36, 5
 TIMES = re.compile(r"\b9[01]\d{3}\b")  # what the days of every patient look like
 STUDY = StudyConfig(endpoint="OS", folds=3, shape=ExpertShape(dim=DIM))
 HEADER = "patient_id,slide_id,time,event"
@@ -33,6 +33,7 @@ class Hospital:
     folder: Path
     rows: list[list[str]] = field(default_factory=list)  # patient, slide, time, event
     settings: dict[str, Any] = field(default_factory=dict)
+    lines: str = ""  # of the last check-up
 
     @property
     def config(self) -> Path:
@@ -53,7 +54,7 @@ class Hospital:
         """Return the first finding of each check; all of them show no patient and name a fix."""
         checks = Cohorts(self.config, study, encoder=encoder, full=True).checks
         kept = list(part("data", checks))
-        found = {}
+        self.lines, found = "\n".join(finding.line for finding in kept), {}
         for finding in reversed(kept):
             found[finding.check] = finding
             assert SECRET not in finding.line
@@ -71,7 +72,7 @@ def hospital(tmp_path: Path) -> Hospital:
     for i in range(PATIENTS):
         for j in range(1 + (i % 3 == 0)):
             patient = f"{SECRET}-{i:02d}"
-            time, event = str(90_000 + 31 * i), str(int(i % 2 == 0))
+            time, event = str(90_000 + 31 * i), str(int(i % 4 != 3))
             here.rows.append([patient, f"{patient}-{j}", time, event])
             features = rng.normal(size=(rng.integers(4, 9), DIM)).astype(np.float16)
             write_slide_h5(here.slide(-1), features)
@@ -98,11 +99,11 @@ def test_all_is_well(hospital: Hospital) -> None:
     found = hospital.checked(code=0)
     assert {finding.word for finding in found.values()} == {"ok"}, found
     assert "plain, OS (1 = event), `event`, `time` in days" in found["outcomes"].found
-    assert "60 with outcome and slides, 30 events; 20 have" in found["patients of UVM"].found
-    assert found["events of UVM"].found == "10 to 10 a fold"
-    assert "whole in one of 3 folds, 20 with several slides" in found["both sides of UVM"].found
-    assert found["values"].found == "all finite; 80 of 80 slides read"
-    total = sum(h5py.File(hospital.slide(i))["features"].shape[0] for i in range(80))
+    assert "36 with outcome and slides, 27 events; 12 have" in found["patients of UVM"].found
+    assert found["events of UVM"].found == "9 to 9 a fold"
+    assert "whole in one of 3 folds, 12 with several slides" in found["both sides of UVM"].found
+    assert found["values"].found == "all finite; 48 of 48 slides read"
+    total = sum(h5py.File(hospital.slide(i))["features"].shape[0] for i in range(48))
     assert found["size"].found.startswith(f"{total} patches, 0.00 GB in memory")
 
 
@@ -190,17 +191,15 @@ def test_an_outcome_without_slide(hospital: Hospital, on_bad: str, word: str) ->
     hospital.slide(2).unlink()  # the only one of its patient
     hospital.settings["on_bad"] = on_bad
     hospital.write()
-    checks = Cohorts(hospital.config, STUDY, encoder="UNI2-h", full=True).checks
-    lines = [one.line for one in checks() if one.check == "patients of UVM" and one.word == word]
-    assert any("1 slide left out: no file for this slide" in line for line in lines)
-    assert any("1 patient left out: no usable slide" in line for line in lines)
     hospital.checked(code=int(word == "fail"))
+    for says in ("1 slide left out: no file for this slide", "1 patient left out: no usable slide"):
+        assert f"{word:<7} data: patients of UVM: {says}" in hospital.lines
 
 
 def test_a_slide_without_outcome(hospital: Hospital) -> None:
     write_slide_h5(hospital.folder / "slides" / f"{SECRET}-alone.h5", np.ones((3, DIM), "f2"))
     found = hospital.checked(code=0)
-    assert only(found, "slides without outcome", "warn").found == "1 of 81 are not used"
+    assert only(found, "slides without outcome", "warn").found == "1 of 49 are not used"
 
 
 def test_one_patient_under_two_ids(hospital: Hospital) -> None:
@@ -251,12 +250,12 @@ def test_values_that_are_no_features(
 def test_a_slide_that_is_no_slide(hospital: Hospital) -> None:
     hospital.slide(2).write_bytes(b"nothing")
     found = hospital.checked(code=1)
-    assert "left out: truncated, or not an HDF5 file" in _lines(hospital)
+    assert "left out: truncated, or not an HDF5 file" in hospital.lines
     assert found["values"].word == "ok"  # of those that are left
 
 
 def test_few_events(hospital: Hospital) -> None:
-    died = {f"{SECRET}-{i:02d}" for i in range(0, 60, 15)}
+    died = {f"{SECRET}-{i:02d}" for i in range(0, 36, 10)}
     for row in hospital.rows:
         row[3] = str(int(row[0] in died))
     hospital.write()
@@ -268,7 +267,7 @@ def test_few_events(hospital: Hospital) -> None:
 
 def test_folds_without_a_comparable_pair(hospital: Hospital) -> None:
     for row in hospital.rows:
-        row[3] = str(int(row[0] in (f"{SECRET}-58", f"{SECRET}-59")))
+        row[3] = str(int(row[0] in (f"{SECRET}-34", f"{SECRET}-35")))
     hospital.write()
     found = hospital.checked(study=StudyConfig(endpoint="OS", folds=10, shape=STUDY.shape), code=1)
     assert found["pairs of UVM"].found == "no fold has a comparable pair"
@@ -285,7 +284,7 @@ def test_too_few_patients_for_the_folds(hospital: Hospital) -> None:
     ("release", "says", "fix"),
     [
         (None, "nothing leaves this site", "Decide `release`"),
-        ({"minimum_patients": 61}, "60 patients and 30 events are fewer", "Lower the minima"),
+        ({"minimum_patients": 37}, "36 patients and 27 events are fewer", "Lower the minima"),
         ({"purposes": ["care"]}, "a study for research is answered nothing", "release.purposes"),
         ({"cancers": []}, "nothing of this cancer leaves", "release.cancers"),
     ],
@@ -310,7 +309,7 @@ def test_compressed_slides(hospital: Hospital) -> None:
         file.create_dataset("features", data=features, compression="gzip", chunks=(64, DIM))
     finding = only(hospital.checked(code=0), "compression", "warn")
     said = re.fullmatch(
-        r"1 of 80 slides are compressed; without, they are read (\d+) times as fast", finding.found
+        r"1 of 48 slides are compressed; without, they are read (\d+) times as fast", finding.found
     )
     assert said
     assert int(said[1]) > 1
@@ -325,7 +324,7 @@ def test_by_name_where_the_table_has_no_slides(hospital: Hospital) -> None:
     (hospital.folder / "outcomes.csv").write_text("\n".join(lines) + "\n")
     found = hospital.checked(code=0)  # on_bad: raise does not stop at either
     assert found["outcome rows"].word == "warn"
-    assert "1 patient left out: no slide's name begins with their id" in _lines(hospital)
+    assert "1 patient left out: no slide's name begins with their id" in hospital.lines
     assert found["slides without outcome"].word == "ok"
 
 
@@ -335,13 +334,8 @@ def test_only_a_part_is_read_where_time_is_short(
     monkeypatch.setattr("cropkt_client.doctor.reading.BUDGET", -1.0)
     checks = Cohorts(hospital.config, STUDY, encoder="UNI2-h", full=False).checks
     found = {finding.check: finding for finding in checks()}
-    assert found["values"].found == "all finite; 0 of 80 slides read (the rest with --full)"
+    assert found["values"].found == "all finite; 0 of 48 slides read (the rest with --full)"
     assert found["size"].word == "skipped"
-
-
-def _lines(hospital: Hospital) -> str:
-    checks = Cohorts(hospital.config, STUDY, encoder="UNI2-h", full=True).checks
-    return "\n".join(finding.line for finding in checks())
 
 
 def test_the_cancers_that_can_be_trained_are_known_afterwards(hospital: Hospital) -> None:
