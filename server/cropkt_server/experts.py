@@ -135,9 +135,9 @@ class Experts:
             EncoderMismatchError: it is another.
         """
         mine = self._findings.descriptions()[task.site].encoder
-        given = self._bank.encoder()
-        if given is not None and given != mine:
-            problem = f"it reads features of {mine!r}, and the experts so far of {given!r}"
+        first = self._bank.first()
+        if first is not None and first.encoder != mine:
+            problem = f"it reads features of {mine!r}, and {first.site} of {first.encoder!r}"
             fix = "Agree on one encoder, and write its name into every site.yaml"
             raise EncoderMismatchError(task.id, problem, fix)
         return mine

@@ -44,7 +44,7 @@ class _Seen:
     overflowed: int = 0  # infinite, in float16
     beyond_half: int = 0  # of another type, with values that float16 cannot hold
     patches: int = 0
-    bytes: int = 0
+    size: int = 0  # bytes
     seconds: float = 0.0
     cold_bytes: int = 0
     cold_seconds: float = 0.0
@@ -98,7 +98,7 @@ class Reading:
             return
         seconds = time.perf_counter() - began
         size = features.numel() * features.element_size()
-        seen.patches, seen.bytes = seen.patches + len(features), seen.bytes + size
+        seen.patches, seen.size = seen.patches + len(features), seen.size + size
         seen.seconds += seconds
         if cold:
             seen.cold_bytes, seen.cold_seconds = seen.cold_bytes + size, seen.cold_seconds + seconds
@@ -170,14 +170,14 @@ def _size(seen: _Seen, patches: int) -> Finding:
     check = "size"
     if not seen.patches:
         return skipped(check, "no slide could be read")
-    size = seen.bytes / seen.patches * patches
+    size = seen.size / seen.patches * patches
     text, known = f"{patches} patches, {size / GB:.2f} GB in memory", machine.memory()
     if known is None:
         return ok(check, text)
     available, _ = known
     text = f"{text}, {available / GB:.1f} GB available"
     if size > available:
-        speed = seen.bytes / max(seen.seconds, 1e-9)
+        speed = seen.size / max(seen.seconds, 1e-9)
         problem = f"{text}: every epoch reads from disk, about {size / speed / 60:.0f} min"
         return warn(check, problem, "Store float16, use a faster disk, or more memory")
     return ok(check, text)
@@ -185,12 +185,12 @@ def _size(seen: _Seen, patches: int) -> Finding:
 
 def _speed(seen: _Seen) -> Finding:
     check = "read speed"
-    if not seen.bytes:
+    if not seen.size:
         return skipped(check, "no slide could be read")
     if seen.cold_bytes:
         size, seconds, how = seen.cold_bytes, seen.cold_seconds, "from the disk"
     else:
-        size, seconds, how = seen.bytes, seen.seconds, "perhaps from memory"
+        size, seconds, how = seen.size, seen.seconds, "perhaps from memory"
     speed = size / max(seconds, 1e-9)
     text = f"{speed / MB:.0f} MB/s, {how}"
     if size < 10 * MB:

@@ -6,7 +6,7 @@ A broken driver or too little memory ends that process, and is a finding.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,11 +102,11 @@ def kernel(name: str) -> Kernel:
     left, right = torch.randn(2, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     wanted = left.double() @ right.double()
     got = (left.to(device) @ right.to(device)).cpu().double()
-    error = float((got - wanted).abs().max() / wanted.abs().max())
+    off = float((got - wanted).abs().max() / wanted.abs().max())
     free = total = None
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-    return Kernel(device=_title(device), error=error, free=free, total=total)
+    return Kernel(device=_title(device), error=off, free=free, total=total)
 
 
 def trial(config: Path, cancer: Cancer, study: StudyConfig, name: str, seconds: float) -> Trial:
@@ -153,7 +153,8 @@ def trial(config: Path, cancer: Cancer, study: StudyConfig, name: str, seconds: 
 
 def run(what: str, *arguments: object) -> Kernel | Trial:
     """Call `kernel` or `trial`: a worker knows one function."""
-    return {"kernel": kernel, "trial": trial}[what](*arguments)  # type: ignore[operator]
+    tried: dict[str, Callable[..., Kernel | Trial]] = {"kernel": kernel, "trial": trial}
+    return tried[what](*arguments)
 
 
 def _update(
