@@ -1,4 +1,4 @@
-"""How every command ends when something is wrong: one line, one exit code."""
+"""What all commands share: `--version`, and one line and one exit code for what is wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 import typer.core
@@ -19,8 +19,8 @@ import cropkt
 from cropkt.errors import CropktError, DiskFullError
 from cropkt.files import disk_full
 
-typer.core.HAS_RICH = False  # typer 0.20 escapes brackets of plain help for a markup not used here
-
+# Importing rich would double what --help takes, and put a backslash before each [default: ...].
+typer.core.HAS_RICH = False
 
 TRACEBACK = "CROPKT_TRACEBACK"  # if set, an error that nobody thought of keeps its own text
 FAULT = 70  # exit code of one
@@ -58,6 +58,22 @@ def _fault(error: Exception) -> str:
         f"a fault in cropkt: {type(error).__name__} at {way} ({about}). Report this line; the "
         f"error's own text may name a patient and is left out: {TRACEBACK}=1 shows it here. [Fault]"
     )
+
+
+def show_version(asked: bool) -> None:
+    """Print which release this is and on which Flower it runs, and exit, if that was asked."""
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"cropkt {cropkt.__version__}, Flower {version('flwr')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=show_version, is_eager=True, help="Which release this is."),
+]
+"""The option `--version` of every command."""
 
 
 def fail(command: str, text: str, code: int) -> NoReturn:

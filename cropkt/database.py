@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from cropkt.errors import ConfigError
@@ -47,6 +47,31 @@ def opened(
         database.close()
         raise
     return database
+
+
+def problem_with(path: Path, steps: Sequence[str] | None = None) -> str:
+    """Return what is wrong with a database, which is only looked at; nothing if it is whole.
+
+    Args:
+        path: of the file.
+        steps: as in `opened`; None for a file of somebody else's schema.
+    """
+    if not path.is_file():
+        return "no such file"
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=10)) as database:
+            version = _version(database)
+            (first,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+    except sqlite3.Error as error:
+        return f"cannot be read ({error})"
+    if first != "ok":
+        return f"is damaged ({' '.join(str(first).split())})"
+    if steps is not None and version == 0:
+        return "is empty"
+    if steps is not None and version > len(steps):
+        return f"has schema {version}, this cropkt knows {len(steps)}"
+    return ""
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""How a command ends: one line that can be looked up and pasted into an issue."""
+"""What the three commands share: how they answer at once, and end with one line to look up."""
 
 from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 
 import pytest
 import typer
@@ -74,3 +77,24 @@ def test_what_the_system_says_names_the_file(
         raise OSError(number, os.strerror(number), "study.yaml")
 
     assert ended(raises, capsys) == (line, 74)
+
+COMMANDS = ("server", "client", "sim")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_version_and_help_answer_at_once(command: str) -> None:
+    """Neither loads rich, which alone would double the time, nor anything larger."""
+    code = (
+        f"import sys; from cropkt_{command}.cli import main\n"
+        "for asked in ('--version', '--help'):\n"
+        "    sys.argv = ['cropkt', asked]\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "print(sorted({'torch', 'flwr', 'numpy', 'httpx', 'rich'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, *help_, loaded = ran.stdout.splitlines()
+    assert first == f"cropkt {version('cropkt')}, Flower {version('flwr')}"
+    assert any(f"cropkt-{command} " in line for line in help_)  # an example
+    assert any("--version" in line for line in help_)
+    assert loaded == "[]"

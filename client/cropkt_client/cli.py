@@ -2,7 +2,7 @@
 
 Exit codes: 0 the study is closed, 130 and 143 interrupted, 64 a wrong option, 69 the coordinator
 cannot be reached, 74 a disk that is full, 76 versions that do not go together, 77 refused, 78
-configuration.
+configuration; of `doctor`: 1 something will fail.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cropkt.console import one_line
+from cropkt.console import Version, one_line
 from cropkt_client import governance
 from cropkt_client.governance import AsJson, Config
 
@@ -44,6 +44,7 @@ app = typer.Typer(
 
     \b
     cropkt-client enrol INVITE
+    cropkt-client doctor
     cropkt-client --site lumc --cancer UVM --cancer SKCM
     cropkt-client --site lumc --cancer UVM --detach
     cropkt-client status
@@ -66,6 +67,7 @@ def client(
     config: Config = None,
     detach: Annotated[bool, typer.Option("--detach", help="Serve in the background.")] = False,
     device: Annotated[str, typer.Option(help=_DEVICES, show_default=False)] = "auto",
+    version: Version = False,
 ) -> None:
     """Serve a study until the coordinator closes it."""
     context.obj = config or Path("site.yaml")
@@ -132,6 +134,42 @@ def status(context: typer.Context, config: Config = None, as_json: AsJson = Fals
     raise typer.Exit(0 if pid else 3)
 
 
+@app.command(
+    help="""Check connection, machine and data; exit code 1 if something will fail.
+
+    What is shown holds counts, and no id, file name or time of a patient.
+
+    \b
+    cropkt-client doctor
+    cropkt-client doctor --config site.yaml --probe 60 --json
+    """
+)
+def doctor(
+    context: typer.Context,
+    config: Config = None,
+    as_json: AsJson = False,
+    probe: Annotated[
+        float, typer.Option(min=1, max=3600, help="Seconds for a trial of training.")
+    ] = 20.0,
+    no_probe: Annotated[bool, typer.Option("--no-probe", help="Try no training.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every slide, not only for a minute.")
+    ] = False,
+    device: Annotated[str, typer.Option(help=_DEVICES, show_default=False)] = "auto",
+) -> None:
+    """Check connection, machine and data."""
+    from cropkt.checkup import show
+    from cropkt_client.doctor import examine
+
+    with one_line("cropkt-client"):
+        _check_device_name(device)
+        seconds = 0.0 if no_probe else probe
+        path = config or context.obj
+        findings = examine(path, device=device, probe=seconds, full=full)
+        code = show(findings, as_json=as_json)
+    raise typer.Exit(code)
+
+
 @app.command()
 def stop(context: typer.Context, config: Config = None) -> None:
     """Stop the client; a task at work is cut off and comes again when it runs again."""
@@ -181,8 +219,7 @@ def _place(config: Path, site: str, cancers: Sequence[str], device: str) -> Plac
     from cropkt_client.serve import Place
     from cropkt_client.settings import read_settings
 
-    if not DEVICE.fullmatch(device):
-        raise UsageError("--device", f"unknown device {device!r}", "Use auto, cuda[:i], cpu or mps")
+    _check_device_name(device)
     try:
         asked = tuple(sorted({cancer_of(code) for code in cancers}))
     except DataError as error:
@@ -218,6 +255,13 @@ def _place(config: Path, site: str, cancers: Sequence[str], device: str) -> Plac
         enrolment=enrolment,
         coordinator=coordinator,
     )
+
+
+def _check_device_name(device: str) -> None:
+    from cropkt.errors import UsageError
+
+    if not DEVICE.fullmatch(device):
+        raise UsageError("--device", f"unknown device {device!r}", "Use auto, cuda[:i], cpu or mps")
 
 
 def _list(cancers: Iterable[str]) -> str:

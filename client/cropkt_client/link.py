@@ -13,8 +13,10 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
+from email.utils import parsedate_to_datetime
 from importlib.metadata import version
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import httpx
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -23,13 +25,16 @@ from pydantic.dataclasses import dataclass
 import cropkt
 from cropkt.bundle import bundle_hash
 from cropkt.cancers import Cancer
+from cropkt.config import Encoder, StudyConfig
 from cropkt.errors import CropktError, RefusedError, UnavailableError, VersionMismatchError
 from cropkt.experts.card import PublicKey, Sha256
 from cropkt.invite import Invite
+from cropkt.knock import Knock
 from cropkt.messages import MAX_ITEMS, PROTOCOL, SiteName, Version
 
 MAX_SKEW = 300.0  # seconds; requests are signed with the coordinator's time, but logs are not
 NEW_INVITE = "Ask the coordinator for a new invite"
+UNKNOWN_NAME = ("this host name is not known", "Check the name, and the DNS of this machine")
 _NO_COORDINATOR = "Check that this is the coordinator's host and port, and that it runs"
 _SAME_VERSION = "Install the coordinator's version of cropkt"
 _MAX_BODY = 1 << 20
@@ -65,6 +70,24 @@ class Accepted:
     bundle: Sha256  # the only Flower bundle this site answers to
 
 
+@dataclass(frozen=True, kw_only=True, config=_LENIENT)
+class Known:
+    """What the coordinator says to a site that shows its keys."""
+
+    site: SiteName
+    cancers: tuple[Cancer, ...]
+    config: StudyConfig | None = None  # what the study will ask
+    encoder: Encoder | None = None  # of the experts so far; None before the first
+
+
+class Answer(NamedTuple):
+    """What came back over a connection."""
+
+    content: bytes
+    date: float | None  # its Date header, in unix seconds
+    expires: float | None  # the certificate's last second, if it was verified
+
+
 class Coordinator:
     """The coordinator's own HTTPS routes. Proxy variables are honoured."""
 
@@ -87,7 +110,7 @@ class Coordinator:
             RefusedError: the CA it offers is not the invite's.
             UnavailableError: it cannot be reached.
         """
-        offered = cls(invite.host, None)._ask("GET", "/v1/cropkt/ca")
+        offered = cls(invite.host, None)._ask("GET", "/v1/cropkt/ca").content
         with suppress(ValueError):
             # Compared before it is parsed; of what was sent, only what was compared goes on.
             der = ssl.PEM_cert_to_DER_cert(offered.decode("ascii"))
@@ -105,7 +128,35 @@ class Coordinator:
             UnavailableError: it cannot be reached.
             VersionMismatchError: its answer is not understood.
         """
-        return self._understood(Hello, self._ask("GET", "/v1/cropkt/hello"))
+        return self.heard(self.look())
+
+    def look(self) -> Answer:
+        """Return the hello as it comes over the network, for `heard`.
+
+        Raises:
+            RefusedError: the coordinator's certificate is not to be trusted.
+            UnavailableError: it cannot be reached.
+        """
+        return self._ask("GET", "/v1/cropkt/hello")
+
+    def heard(self, answer: Answer) -> Hello:
+        """Return the hello in an answer.
+
+        Raises:
+            VersionMismatchError: it is not understood.
+        """
+        return self._understood(Hello, answer.content)
+
+    def knock(self, knock: Knock) -> Known:
+        """Show this site's keys; return what the coordinator knows of their owner.
+
+        Raises:
+            RefusedError: the roster does not know this site and its keys, or it is revoked.
+            UnavailableError: the coordinator cannot be reached.
+            VersionMismatchError: its answer is not understood.
+        """
+        answer = self._ask("POST", "/v1/cropkt/knock", asdict(knock))
+        return self._understood(Known, answer.content)
 
     def enrol(self, invite: Invite, public_keys: Mapping[str, str]) -> Accepted:
         """Redeem the invite.
@@ -123,18 +174,20 @@ class Coordinator:
             "protocol": PROTOCOL,
             "flwr": version("flwr"),
         }
-        answer = self._understood(Accepted, self._ask("POST", "/v1/cropkt/enrol", body))
+        told = self._ask("POST", "/v1/cropkt/enrol", body)
+        answer = self._understood(Accepted, told.content)
         if (answer.site, answer.study) != (invite.site, invite.study):
             raise RefusedError(self._host, "it answered for another site or study", NEW_INVITE)
         return answer
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-        content = bytearray()
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
+        content, date, expires = bytearray(), None, None
         try:
             with (
-                httpx.Client(verify=self._verify, timeout=_TIMEOUT, headers=_PLAIN) as client,
+                self._client() as client,
                 client.stream(method, f"https://{self._host}{path}", json=body) as response,
             ):
+                date, expires = _date(response), _expires(response)
                 for chunk in response.iter_raw():  # decompressed, it could be any size
                     content += chunk
                     if len(content) > _MAX_BODY:
@@ -143,8 +196,16 @@ class Coordinator:
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise _explained(error, self._host) from None
         if response.status_code == 200:
-            return bytes(content)
+            return Answer(bytes(content), date, expires)
         raise self._refusal(response.status_code, bytes(content))
+
+    def _client(self) -> httpx.Client:
+        try:
+            return httpx.Client(verify=self._verify, timeout=_TIMEOUT, headers=_PLAIN)
+        except (ImportError, ValueError, httpx.InvalidURL):  # a kind of proxy that httpx has not
+            problem = f"the proxy {proxy_for(self._host)} is of an unknown kind"
+            fix = "Give one that begins with http:// in HTTPS_PROXY, or name this host in NO_PROXY"
+            raise UnavailableError(self._host, problem, fix) from None
 
     def _refusal(self, status: int, content: bytes) -> CropktError:
         problem, code = f"it answered with HTTP status {status}", ""
@@ -196,7 +257,7 @@ def _explained(error: Exception, host: str) -> CropktError:
         for sign, problem, fix in _DISTRUST:
             if sign in text:
                 return RefusedError(host, problem, fix)
-    proxy = _proxy(host)
+    proxy = proxy_for(host)
     if isinstance(error, httpx.ProxyError):
         fix = "Check HTTPS_PROXY, and that the proxy allows this host and port"
         return UnavailableError(host, f"the proxy {proxy} does not let us through ({text})", fix)
@@ -205,7 +266,7 @@ def _explained(error: Exception, host: str) -> CropktError:
     elif "SSL" in text:
         problem, fix = "it does not speak TLS as we do", _NO_COORDINATOR
     elif "Name or service not known" in text or "nodename" in text or "resolution" in text:
-        problem, fix = "this host name is not known", "Check the name, and the DNS of this machine"
+        problem, fix = UNKNOWN_NAME
     elif isinstance(error, httpx.ConnectError):
         problem, fix = f"no connection ({_system(text)})", _NO_COORDINATOR
     else:
@@ -236,9 +297,24 @@ def _system(text: str) -> str:
     return text.rpartition("] ")[2][:100]
 
 
-def _proxy(host: str) -> str:
+def _date(response: httpx.Response) -> float | None:
+    """Return a response's Date header in unix seconds."""
+    with suppress(KeyError, ValueError):
+        return parsedate_to_datetime(response.headers["Date"]).timestamp()
+    return None
+
+
+def _expires(response: httpx.Response) -> float | None:
+    """Return the last second of the certificate behind a response, in unix seconds."""
+    channel = response.extensions["network_stream"].get_extra_info("ssl_object")
+    ends = (channel.getpeercert() or {}).get("notAfter") if channel else None
+    return ssl.cert_time_to_seconds(ends) if ends else None
+
+
+def proxy_for(host: str) -> str:
     """Return host and port of the proxy on the way, without its password; or nothing."""
-    url = urllib.request.getproxies().get("https", "")
+    known = urllib.request.getproxies()
+    url = known.get("https", known.get("all", ""))
     if not url or urllib.request.proxy_bypass(host.rpartition(":")[0].strip("[]")):
         return ""
     return url.rpartition("@")[2].rpartition("//")[2].strip("/")

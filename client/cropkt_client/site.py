@@ -20,6 +20,7 @@ from cropkt.cohort.features import SlideFolders
 from cropkt.cohort.outcomes import read_outcomes
 from cropkt.cohort.pack import Pack
 from cropkt.cohort.source import SlideSource
+from cropkt.cohort.splits import hospital_folds, stratified_folds
 from cropkt.config import StudyConfig
 from cropkt.errors import CohortError, ConfigError
 from cropkt.experts.checkpoint import Checkpoint
@@ -183,3 +184,15 @@ class Site:
         if isinstance(request, DescribeRequest):  # the question is the same for any cancers
             digest.update(" ".join(self.config.cancers).encode())
         return digest
+
+
+def folds_of(cohort: Cohort, study: StudyConfig) -> NDArray[np.int64]:
+    """Return the fold of each patient, the same at every call.
+
+    Raises:
+        CohortError: too few patients or hospitals for the study's folds.
+    """
+    when, folds, seed = cohort.time_bins, study.folds, study.seed
+    if study.split == "hospital":
+        return hospital_folds(cohort.hospital, cohort.event, when, folds=folds, seed=seed)
+    return stratified_folds(cohort.event, when, folds=folds, seed=seed)

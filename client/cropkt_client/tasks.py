@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 import cropkt
 from cropkt.cancers import Cancer
 from cropkt.cohort.bags import Cohort
-from cropkt.cohort.splits import hospital_folds, stratified_folds
 from cropkt.config import ExpertShape, StudyConfig
 from cropkt.errors import MessageError
 from cropkt.experts.abmil import Abmil, flatten, parameter_count
@@ -70,7 +69,7 @@ from cropkt_client.private import (
     withheld,
 )
 from cropkt_client.signing import accept, accept_models, accept_sources, audited, sign_expert
-from cropkt_client.site import Site
+from cropkt_client.site import Site, folds_of
 from cropkt_client.trust import Trust
 
 log = logging.getLogger("cropkt.client")
@@ -333,13 +332,7 @@ def _keep_predictions(
 def _patients(site: Site, cancer: Cancer, study: StudyConfig) -> tuple[Cohort, Plan]:
     """Return a cohort and its folds, the same at every call."""
     cohort, _ = site.cohort(cancer, study)
-    if study.split == "hospital":
-        folds = hospital_folds(
-            cohort.hospital, cohort.event, cohort.time_bins, folds=study.folds, seed=study.seed
-        )
-    else:
-        folds = stratified_folds(cohort.event, cohort.time_bins, folds=study.folds, seed=study.seed)
-    return cohort, Plan.cross_fitted(folds)
+    return cohort, Plan.cross_fitted(folds_of(cohort, study))
 
 
 def _target(

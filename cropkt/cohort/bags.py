@@ -25,6 +25,9 @@ from cropkt.survival.bins import time_bins
 
 __all__ = ["Cohort", "PackedBags", "SlideSource", "load_cohort", "mean_pooled"]
 
+UNNAMED = "no slide's name begins with their id"
+"""Why patients of a table without slide column are left out."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedBags:
@@ -220,9 +223,7 @@ def load_cohort(
     if not any(patient.slides for patient in patients):
         patients = [p for p in slides_by_name(patients, source) if p.slides]
         if unnamed := len(table.rows) - len(patients):
-            dropped.append(
-                f"{counted(unnamed, 'patient')} left out: no slide's name begins with their id"
-            )
+            dropped.append(f"{counted(unnamed, 'patient')} left out: {UNNAMED}")
         if table.rows and not patients:
             raise MissingSlideError(
                 table.where,

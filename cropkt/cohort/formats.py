@@ -66,6 +66,19 @@ def coords_of(path: Path) -> Tensor | None:
         return positions.to(torch.int64)
 
 
+def compression_of(path: Path) -> str | None:
+    """Return by what the features in an HDF5 file are packed, such as gzip; None if by nothing.
+
+    Raises:
+        SlideFileError: it cannot be read.
+    """
+    if path.suffix.lower() not in (".h5", ".hdf5"):
+        return None
+    with _open_h5(path) as (features, _):
+        kind: str | None = features.compression
+        return kind
+
+
 def write_slide_h5(
     path: Path | str, features: NDArray[Any], coords: NDArray[Any] | None = None
 ) -> None:

@@ -21,7 +21,7 @@ from cropkt.messages import Signed
 
 SHORTEST = 8  # characters of a hash that name an expert
 
-_SCHEMAS = (
+SCHEMAS = (
     """
 CREATE TABLE expert (
     hash TEXT PRIMARY KEY,
@@ -60,7 +60,7 @@ class Bank:
 
     def __init__(self, folder: Path) -> None:
         self._lock = threading.RLock()
-        self._db = opened(folder / "bank.sqlite", _SCHEMAS, wait=10)
+        self._db = opened(folder / "bank.sqlite", SCHEMAS, wait=10)
 
     def close(self) -> None:
         """Close the database."""
@@ -81,6 +81,16 @@ class Bank:
         """Return all experts in the order in which they came."""
         with self._lock:
             return self._experts(self._db)
+
+    def first(self) -> Card | None:
+        """Return the card of the first expert that a site gave and that was not revoked."""
+        given = (one.card for one in self.experts() if one.task and one.revoked_at is None)
+        return next(given, None)
+
+    def encoder(self) -> str | None:
+        """Return whose features the experts read; None before the first."""
+        first = self.first()
+        return None if first is None else first.encoder
 
     def revoked(self) -> frozenset[str]:
         """Return the hashes of those that were revoked."""

@@ -55,7 +55,7 @@ def export(folder: Path, to: Path) -> list[Path]:
         return [
             Artifact(card=expert.card, weights=weights, signature=expert.signed.signature).save(to)
             for expert in findings.store.bank.experts()
-            if expert.revoked_at is None and (weights := _weights(findings, expert)) is not None
+            if expert.revoked_at is None and (weights := weights_of(findings, expert)) is not None
         ]
 
 
@@ -142,7 +142,7 @@ def _c_index(findings: Findings, expert: Banked) -> float | None:
     return None if reply is None else reply.score.c_index
 
 
-def _weights(findings: Findings, expert: Banked) -> Weights | None:
+def weights_of(findings: Findings, expert: Banked) -> Weights | None:
     """Return an expert's weights; None if they are not here, or not what the study uses."""
     from cropkt_server.questions import Questions
 

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, of `start`: every row is done; 3 the study finished with failed or missing
 rows, of `status`: it does not run; 130 and 143 interrupted, 64 a wrong option, 74 a disk that is
-full, 78 configuration, 1 another error.
+full, 78 configuration, 1 another error, of `doctor`: something will fail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cropkt.console import fail, one_line
+from cropkt.console import Version, fail, one_line
 
 if TYPE_CHECKING:
     from cropkt_server.settings import Settings
@@ -44,10 +44,16 @@ app = typer.Typer(
     \b
     cropkt-server init study --study eye --host hub.example.org
     cropkt-server invite study --site lumc --cancer UVM
+    cropkt-server doctor study
     cropkt-server start study
     cropkt-server status study
     """,
 )
+
+
+@app.callback()
+def server(version: Version = False) -> None:
+    """Set up a study, invite hospitals, run it."""
 
 
 @app.command()
@@ -196,6 +202,24 @@ def revoke(
         with contextlib.closing(Roster(folder)) as roster:
             enrolled = roster.revoke(site)
         typer.echo(f"{site} is cut off" if enrolled else f"the invite of {site} is void")
+
+
+@app.command(
+    help="""Check keys, port, disk, databases, bank and sites; exit code 1 if something will fail.
+
+    \b
+    cropkt-server doctor study
+    cropkt-server doctor study --json
+    """
+)
+def doctor(folder: Dir = HERE, as_json: AsJson = False) -> None:
+    """Check keys, port, disk, databases, bank and sites."""
+    from cropkt.checkup import show
+    from cropkt_server.doctor import examine
+
+    with one_line("cropkt-server"):
+        code = show(examine(folder), as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()

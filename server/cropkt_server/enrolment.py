@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Annotated, Any, Protocol
 
@@ -28,11 +28,13 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 import cropkt
 from cropkt.bundle import bundle_hash
 from cropkt.cancers import Cancer
+from cropkt.config import StudyConfig
 from cropkt.invite import Invite, Token
+from cropkt.knock import VALID, Knock
 from cropkt.messages import PROTOCOL, SiteName, Version
+from cropkt.versions import together
 from cropkt_server.pki import Keys
 from cropkt_server.roster import EnrolledSite, EnrolmentRefusedError, Roster
-from cropkt_server.versions import together
 
 log = logging.getLogger("cropkt.server")
 
@@ -70,6 +72,8 @@ class Enrolment:
     roster: Roster
     closed: threading.Event = field(default_factory=threading.Event)  # the study is over
     revoked: Callable[[], Iterable[str]] = tuple  # hashes of experts, as of now
+    config: StudyConfig | None = None  # what the sites are asked to do
+    encoder: Callable[[], str | None] = lambda: None  # of the experts so far
 
     def invite(self, site: str, cancers: Sequence[Cancer], expires: float) -> Invite:
         """Return a new invite, valid until `expires` (seconds since 1970) for one enrolment."""
@@ -123,6 +127,36 @@ class Enrolment:
             nodes.deregister(before)
         log.info("%s enrolled (%s)", site.name, " ".join(site.cancers))
         return self._answer(site)
+
+    def known(self, body: bytes) -> dict[str, Any]:
+        """Return what the enrolled site that signed the knock in `body` may know.
+
+        Raises:
+            EnrolmentRefusedError: with its code.
+        """
+        try:
+            knock = TypeAdapter(Knock).validate_json(body)
+            found = self.roster.site_of_key(pem_of(knock.node_key))
+        except (ValidationError, ValueError):
+            message = "The knock is not as agreed."
+            raise EnrolmentRefusedError("malformed", message) from None
+        sites = {site.name: site for site in self.roster.sites()}
+        if found is None or found[0] != knock.site or knock.study != self.study:
+            raise EnrolmentRefusedError("unknown", "The coordinator knows no such site and key.")
+        site = sites[knock.site]
+        if not knock.signed_by(site.signing_key):
+            message = "The site enrolled with another signing key."
+            raise EnrolmentRefusedError("unknown", message)
+        if found[1]:
+            raise EnrolmentRefusedError("revoked", "The coordinator cut this site off.")
+        if abs(time.time() - knock.at) > VALID:
+            raise EnrolmentRefusedError("expired", "The knock is not of now.")
+        return {
+            "site": site.name,
+            "cancers": list(site.cancers),
+            "config": None if self.config is None else asdict(self.config),
+            "encoder": self.encoder(),
+        }
 
     def _answer(self, site: EnrolledSite) -> dict[str, Any]:
         return {

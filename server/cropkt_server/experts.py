@@ -135,9 +135,8 @@ class Experts:
             EncoderMismatchError: it is another.
         """
         mine = self._findings.descriptions()[task.site].encoder
-        given = [e for e in self._bank.experts() if e.task and e.revoked_at is None]
-        if given and given[0].card.encoder != mine:
-            first = given[0].card
+        first = self._bank.first()
+        if first is not None and first.encoder != mine:
             problem = f"it reads features of {mine!r}, and {first.site} of {first.encoder!r}"
             fix = "Agree on one encoder, and write its name into every site.yaml"
             raise EncoderMismatchError(task.id, problem, fix)

@@ -194,6 +194,15 @@ def check_certificate(
             raise ConfigError(keys.server, f"names {known}, not {host}", fix)
 
 
+def last_second(path: Path) -> float:
+    """Return until when a certificate is valid, in unix seconds.
+
+    Raises:
+        ConfigError: there is no certificate.
+    """
+    return _certificate(path).not_valid_after_utc.timestamp()
+
+
 def _make_signing_key(keys: Keys) -> None:
     key = ed25519.Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -16,6 +16,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -62,7 +63,7 @@ class PublicDoor:
         self._fleet, self._enrolment, self._nodes = fleet, enrolment, nodes
         self._roster = enrolment.roster
         self._ca = enrolment.keys.ca.read_bytes()
-        self._attempts = Allowance(*ENROL_ATTEMPTS)
+        self._attempts, self._knocks = Allowance(*ENROL_ATTEMPTS), Allowance(*ENROL_ATTEMPTS)
         self._log_lines = Allowance(1, 60.0)
         self._heard: dict[str, float] = {}
         self._turns = Turns(AT_WORK)
@@ -71,6 +72,7 @@ class PublicDoor:
             ("GET", b"/v1/cropkt/ca"): self._certificate,
             ("GET", b"/v1/cropkt/hello"): self._hello,
             ("POST", b"/v1/cropkt/enrol"): self._enrol,
+            ("POST", b"/v1/cropkt/knock"): self._knock,
         }
         for call in FLEET_CALLS:
             self._routes["POST", f"/v1/fleet/{call}".encode()] = self._to_flower
@@ -106,16 +108,34 @@ class PublicDoor:
         await _json(send, 200, self._enrolment.hello())
 
     async def _enrol(self, scope: Scope, receive: Receive, send: Send) -> None:
+        def accept(body: bytes) -> dict[str, Any]:
+            return self._enrolment.accept(body, self._nodes)
+
+        await self._judged("enrolment", accept, self._attempts, scope, receive, send)
+
+    async def _knock(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._judged("knock", self._enrolment.known, self._knocks, scope, receive, send)
+
+    async def _judged(
+        self,
+        what: str,
+        judge: Callable[[bytes], dict[str, Any]],
+        allowed: Allowance,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Send what `judge` makes of the body, or why it refuses."""
         try:
-            if not self._attempts.take(_address(scope)):
+            if not allowed.take(_address(scope)):
                 raise EnrolmentRefusedError("later", "Too many attempts: wait a minute.")
             body = await _body(receive, ENROL_BODY)
             if body is None:
                 raise EnrolmentRefusedError("malformed", f"At most {ENROL_BODY} bytes are read.")
             # SQLite and Flower's database wait for the disk: not in the event loop.
-            answer = await run_in_threadpool(self._enrolment.accept, body, self._nodes)
+            answer = await run_in_threadpool(judge, body)
         except EnrolmentRefusedError as refusal:
-            self._note(scope, f"enrolment: {refusal}")
+            self._note(scope, f"{what}: {refusal}")
             status = _STATUS.get(refusal.code, 403)
             await _json(send, status, {"code": refusal.code, "message": refusal.message})
         else:
@@ -181,7 +201,7 @@ class Listener:
     """
 
     def __init__(self, app: App, keys: Keys, *, host: str, port: int) -> None:
-        self._socket = _listening(host, port)
+        self._socket = listening(host, port)
         self.port = int(self._socket.getsockname()[1])
         config = uvicorn.Config(
             app,
@@ -238,7 +258,7 @@ def _abort(connection: object) -> None:
         transport.abort()
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     """Return a listening socket, or say in one line why there is none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -25,7 +25,7 @@ Refusal = Literal[
 ]
 
 # The schema's steps: the file's user_version says how many it has.
-_MIGRATIONS = (
+SCHEMAS = (
     """
     CREATE TABLE invite (
         token_hash TEXT PRIMARY KEY,
@@ -94,7 +94,7 @@ class Roster:
 
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._clock, self._lock = clock, threading.RLock()
-        self._db = opened(folder / "roster.sqlite", _MIGRATIONS, wait=10)
+        self._db = opened(folder / "roster.sqlite", SCHEMAS, wait=10)
 
     def close(self) -> None:
         """Close the database."""

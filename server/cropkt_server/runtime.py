@@ -123,7 +123,12 @@ def _run(folder: Path, settings: Settings, host: str, console: Console, linger: 
                 _linger(grid, linger, until_gone=not over)
 
     with serving(
-        folder, study=settings.name, host=host, listen=settings.listen, port=settings.port
+        folder,
+        study=settings.name,
+        host=host,
+        listen=settings.listen,
+        port=settings.port,
+        config=settings.study,
     ) as superlink:
         where = f"{settings.listen}, port {superlink.port}"
         tell_ready()

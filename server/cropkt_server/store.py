@@ -27,7 +27,7 @@ STAGES: tuple[Kind, ...] = get_args(Kind)
 State = Literal["due", "sent", "held", "done", "failed"]  # held: waits for approval at the site
 OPEN: tuple[State, ...] = ("due", "sent", "held")
 
-_SCHEMAS = (
+SCHEMAS = (
     """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE task (
@@ -77,7 +77,7 @@ class Store:
         self._replies = folder / "replies"
         self._replies.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.bank = Bank(folder)
-        self._db = opened(folder / "study.sqlite", _SCHEMAS, wait=5)
+        self._db = opened(folder / "study.sqlite", SCHEMAS, wait=5)
 
     def close(self) -> None:
         """Close the database."""
@@ -213,6 +213,10 @@ class Store:
     def reply(self, task: Task) -> Message:
         """Return the reply of a task that is done."""
         return load(self._reply(task), expected=REPLIES)
+
+    def lost(self) -> list[Task]:
+        """Return the rows that are done, and whose reply is not there any more."""
+        return [t for t in self.tasks() if t.state == "done" and not self._reply(t).exists()]
 
     def resume(self) -> None:
         """Make what was under way when the last process ended due again."""

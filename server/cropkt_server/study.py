@@ -43,13 +43,13 @@ from cropkt.messages import (
     Message,
     TransferReply,
 )
+from cropkt.versions import together
 from cropkt_server.findings import Findings
 from cropkt_server.membership import Member, missing
 from cropkt_server.quarantine import Quarantine
 from cropkt_server.questions import ANSWERS, Questions
 from cropkt_server.revocation import Revocation
-from cropkt_server.store import OPEN, Kind, Task
-from cropkt_server.versions import together
+from cropkt_server.store import OPEN, Kind, Store, Task
 
 MAX_TRIES = 100  # in the weeks of one training a site may go and come back as often
 REVOKED = "revoked"
@@ -98,18 +98,9 @@ class Study(Findings):
 
     def _check_unchanged(self) -> None:
         """Refuse to go on under other settings than those the stored work was made with."""
-        now = json.dumps(asdict(self.config), sort_keys=True)
-        before = self.store.meta("config")
-        if before is None:
-            self.store.set_meta("config", now)
-        elif before != now:
-            old, new = _flat(json.loads(before)), _flat(json.loads(now))
-            name = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
-            raise ConfigError(
-                self.store.folder,
-                f"{name} was {old.get(name)} when this study began and is {new.get(name)} now",
-                "Set it back, or start a new study in another folder",
-            )
+        if self.store.meta("config") is None:
+            self.store.set_meta("config", json.dumps(asdict(self.config), sort_keys=True))
+        check_unchanged(self.store, self.config)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -410,6 +401,23 @@ class Study(Findings):
         for task in self.store.tasks():
             rows[task.kind, task.cancer, task.round].append(task)
         return rows
+
+
+def check_unchanged(store: Store, config: StudyConfig) -> None:
+    """Compare settings with those that a study began with, if it did.
+
+    Raises:
+        ConfigError: one is another; names it.
+    """
+    before, now = store.meta("config"), json.dumps(asdict(config), sort_keys=True)
+    if before not in (None, now):
+        old, new = _flat(json.loads(str(before))), _flat(json.loads(now))
+        name = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
+        raise ConfigError(
+            store.folder,
+            f"{name} was {old.get(name)} when this study began and is {new.get(name)} now",
+            "Set it back, or start a new study in another folder",
+        )
 
 
 def _answers(task: Task, reply: Message) -> bool:

@@ -87,6 +87,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from cropkt.bundle import VERSION, bundle, bundle_hash
+from cropkt.config import StudyConfig
 from cropkt.errors import ConfigError
 from cropkt.files import disk_full, make_private
 from cropkt_server.asgi import App
@@ -357,7 +358,13 @@ class SuperLink:
 
 @contextmanager
 def serving(
-    folder: Path, *, study: str, host: str, listen: str = "0.0.0.0", port: int | None = None
+    folder: Path,
+    *,
+    study: str,
+    host: str,
+    listen: str = "0.0.0.0",
+    port: int | None = None,
+    config: StudyConfig | None = None,
 ) -> Iterator[SuperLink]:
     """Bring a study folder's coordinator up, and down again.
 
@@ -367,6 +374,7 @@ def serving(
         host: "name:port", as the sites reach it.
         listen: the address of this machine to listen on.
         port: the port to listen on, if not the one in `host`; 0 chooses one.
+        config: what the sites are asked to do, for those that ask how they stand.
 
     Raises:
         ConfigError: a certificate, an address, a port or a database that cannot be used.
@@ -377,7 +385,13 @@ def serving(
     with closing(Roster(folder)) as roster, closing(Bank(folder)) as bank:
         superlink = SuperLink(folder, roster)
         enrolment = Enrolment(
-            study=study, host=host, keys=keys, roster=roster, revoked=bank.revoked
+            study=study,
+            host=host,
+            keys=keys,
+            roster=roster,
+            revoked=bank.revoked,
+            config=config,
+            encoder=bank.encoder,
         )
         try:
             superlink.serve(enrolment, host=listen, port=int(public_port) if port is None else port)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cropkt.console import one_line
+from cropkt.console import Version, one_line
 
 EXAMPLES = """\b
 26 cancers with planted truth, in minutes:
@@ -90,7 +90,7 @@ class Programs(StrEnum):
 
 
 @app.callback()
-def about() -> None:
+def about(version: Version = False) -> None:
     """Simulate a federation of hospitals: every TCGA cancer is a site."""
 
 

@@ -29,11 +29,12 @@ from cropkt.experts.abmil import Abmil, flatten
 from cropkt.experts.artifact import Artifact, load_artifact, m0_hash
 from cropkt.experts.card import Card, models_of, public_text, sign, training_hash, verified
 from cropkt.invite import PREFIX, Invite, decode_invite, encode_invite
+from cropkt.knock import Knock
 from cropkt.messages import REPLIES, REQUESTS, ExpertReply, Score, load, pack, save, unpack
 from cropkt.wire import from_record
-from cropkt_client.link import Accepted, Coordinator, Hello, check_versions, skew
+from cropkt_client.link import Accepted, Answer, Coordinator, Hello, check_versions, skew
 from cropkt_server.dispatch import _unreadable
-from cropkt_server.enrolment import Enrolment
+from cropkt_server.enrolment import Enrolment, pem_of
 from cropkt_server.pki import Keys, make_keys
 from cropkt_server.roster import EnrolmentRefusedError, Roster
 
@@ -247,7 +248,28 @@ def _of_enrolment(folder: Path) -> dict[str, Parser]:
     def read(content: bytes) -> None:
         door.accept(content, Nodes())
 
+    signing = ed25519.Ed25519PrivateKey.generate()
+    other = ec.generate_private_key(ec.SECP384R1()).public_key()
+    shown = other.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    door.roster.enrol(
+        token=door.invite("b", [Cancer.UVM], time.time() + 1e6).token,
+        site="b",
+        node_key=pem_of(shown),
+        signing_key=base64.b64encode(signing.public_key().public_bytes_raw()).decode(),
+        register=lambda key, name: 2,
+    )
+
+    def knock() -> dict[str, Any]:
+        made = Knock(study="rare", site="b", node_key=shown, at=time.time())
+        return asdict(made.signed(signing))
+
     return {
+        "knock": Parser(
+            door.known,
+            EnrolmentRefusedError,
+            lambda _: json.dumps(knock()).encode(),
+            lambda _: knock(),
+        ),
         "enrolment": Parser(
             read, EnrolmentRefusedError, lambda _: json.dumps(body).encode(), lambda _: body
         ),
@@ -281,8 +303,8 @@ def _of_link() -> dict[str, Parser]:
     class Offered(Coordinator):
         content = b""
 
-        def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-            return self.content
+        def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
+            return Answer(self.content, None, None)
 
     def pinned(content: bytes) -> None:
         Offered.content = content

@@ -25,7 +25,16 @@ CASES = int(os.environ.get("CROPKT_FUZZ", "2000"))
 parsers = runpy.run_path(str(Path(__file__).with_name("parsers.py")))["parsers"]
 NAMES = [
     *("message", "message", "message", "array", "unreadable", "file", "invite", "card", "expert"),
-    *("checkpoint", "enrolment", "node key", "certificate", "hello", "accepted", "refusal"),
+    *(
+        "checkpoint",
+        "enrolment",
+        "knock",
+        "node key",
+        "certificate",
+        "hello",
+        "accepted",
+        "refusal",
+    ),
 ]
 """Messages, which are most of what arrives, get most of the cases."""
 GROWTH = 400 << 20  # bytes by which the process may grow over all cases

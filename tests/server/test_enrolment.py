@@ -2,6 +2,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 import cropkt
 from cropkt.bundle import bundle_hash
 from cropkt.cancers import Cancer
+from cropkt.config import StudyConfig, parse_study
 from cropkt.invite import decode_invite, encode_invite
+from cropkt.knock import VALID, Knock
+from cropkt_client.enrol import Keys as SiteKeys
 from cropkt_server.enrolment import Allowance, Enrolment
 from cropkt_server.pki import Keys, make_keys
 from cropkt_server.roster import EnrolmentRefusedError, Roster
@@ -172,3 +176,62 @@ def test_an_allowance_is_by_key_and_time() -> None:
     assert allowance.take("b")
     now[0] = 61.0
     assert allowance.take("a")
+
+
+@pytest.fixture
+def site_keys(tmp_path: Path) -> SiteKeys:
+    return SiteKeys.of(tmp_path / "site")
+
+
+@pytest.fixture
+def knock(enrolment: Enrolment, request_of: dict[str, Any], site_keys: SiteKeys) -> Knock:
+    """Return the signed knock of a site that has enrolled."""
+    request = {**request_of, **site_keys.public()}
+    enrolment.accept(json.dumps(request).encode(), Nodes())
+    made = Knock(study="rare", site="A", node_key=request["node_key"], at=time.time())
+    return made.signed(site_keys.signing)
+
+
+def body(knock: Knock) -> bytes:
+    return json.dumps(asdict(knock)).encode()
+
+
+def test_a_site_that_shows_its_keys_is_told_what_the_study_asks(
+    enrolment: Enrolment, knock: Knock
+) -> None:
+    config = StudyConfig(folds=4)
+    door = replace(enrolment, config=config, encoder=lambda: "UNI2-h")
+    told = json.loads(json.dumps(door.known(body(knock))))
+    assert (told["site"], told["cancers"], told["encoder"]) == ("A", ["UVM"], "UNI2-h")
+    assert parse_study(told["config"], "answer") == config
+    assert set(told) == {"site", "cancers", "encoder", "config"}
+
+
+def test_a_knock_that_is_not_the_sites_is_refused(
+    enrolment: Enrolment, knock: Knock, site_keys: SiteKeys, tmp_path: Path
+) -> None:
+    other = SiteKeys.of(tmp_path / "other")
+    later = replace(knock, at=knock.at + 2 * VALID).signed(site_keys.signing)
+    for wrong, code in (
+        (replace(knock, signature=""), "unknown"),
+        (replace(knock, at=knock.at + 1), "unknown"),  # not what was signed
+        (knock.signed(other.signing), "unknown"),
+        (replace(knock, node_key=other.public()["node_key"]).signed(site_keys.signing), "unknown"),
+        (replace(knock, site="B").signed(site_keys.signing), "unknown"),
+        (replace(knock, study="other").signed(site_keys.signing), "unknown"),
+        (replace(knock, node_key="ssh-rsa AAAA").signed(site_keys.signing), "malformed"),
+        (later, "expired"),
+    ):
+        with pytest.raises(EnrolmentRefusedError) as refused:
+            enrolment.known(body(wrong))
+        assert refused.value.code == code, wrong
+    for text in (b"", b"{}", b"[1]", body(knock)[:-2], b"\xff"):
+        with pytest.raises(EnrolmentRefusedError, match="not as agreed"):
+            enrolment.known(text)
+
+
+def test_a_revoked_site_is_told_that_alone(enrolment: Enrolment, knock: Knock) -> None:
+    enrolment.roster.revoke("A")
+    with pytest.raises(EnrolmentRefusedError, match="cut this site off") as refused:
+        enrolment.known(body(knock))
+    assert refused.value.code == "revoked"

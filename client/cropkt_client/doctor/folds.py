@@ -1,0 +1,88 @@
+"""Can the folds of one cohort be judged, and what may leave of it?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+
+from cropkt.checkup import Finding, fail, ok, warn
+from cropkt.cohort.bags import Cohort
+from cropkt.cohort.names import SlideNames
+from cropkt.cohort.splits import comparable_pairs
+from cropkt.config import StudyConfig
+from cropkt.errors import CohortError
+from cropkt_client.settings import SiteConfig
+from cropkt_client.site import folds_of
+
+FEW_EVENTS, FEW_PAIRS = 3, 30  # in a fold; with fewer, its C-index says next to nothing
+
+
+def events_and_pairs(cohort: Cohort, study: StudyConfig) -> Iterator[Finding]:
+    """Yield how many events and comparable pairs the folds hold."""
+    events, pairs = f"events of {cohort.cancer}", f"pairs of {cohort.cancer}"
+    more = "Add patients or follow-up; or accept wide intervals"
+    try:
+        folds = folds_of(cohort, study)
+    except CohortError as error:
+        yield fail(events, error.problem, error.fix)
+        return
+    inside = [folds == fold for fold in range(int(folds.max()) + 1)]
+    died = [int(cohort.event[fold].sum()) for fold in inside]
+    text = f"{min(died)} to {max(died)} a fold"
+    yield warn(events, text, more) if min(died) < FEW_EVENTS else ok(events, text)
+    compared = [comparable_pairs(cohort.days[fold], cohort.event[fold]) for fold in inside]
+    text = f"{min(compared)} to {max(compared)} comparable a fold"
+    if not any(compared):
+        yield fail(pairs, "no fold has a comparable pair", "Add patients with events")
+    else:
+        yield warn(pairs, text, more) if min(compared) < FEW_PAIRS else ok(pairs, text)
+
+
+def one_side(cohort: Cohort, study: StudyConfig) -> Finding:
+    """Check that no slide is of two patients, whatever names it goes by: folds are of patients.
+
+    A site has no other splits than the study's: `site.yaml` takes no split files.
+    """
+    check = f"both sides of {cohort.cancer}"
+    names = SlideNames(cohort.source.slide_ids())
+    owners: dict[str, set[int]] = defaultdict(set)
+    for patient, slides in enumerate(cohort.slides):
+        for slide in slides:
+            for name in names.matches(slide):
+                owners[name].add(patient)
+    if shared := sum(len(patients) > 1 for patients in owners.values()):
+        problem = f"{shared} slides are of two patients, under different names"
+        return fail(check, problem, "Give each slide one patient: they are trained on and tested")
+    several = sum(len(slides) > 1 for slides in cohort.slides)
+    try:
+        folds = folds_of(cohort, study)
+    except CohortError as error:
+        return fail(check, error.problem, error.fix)
+    sizes = np.bincount(folds)
+    text = f"every patient is whole in one of {len(sizes)} folds, {several} with several slides"
+    if study.split == "hospital":
+        text = f"{text}; so is every hospital"
+    return ok(check, f"{text}; other splits than the study's are not used")
+
+
+def may_leave(cohort: Cohort, study: StudyConfig, config: SiteConfig) -> Finding:
+    """Hold the cohort's size against what the site lets out."""
+    check, policy = f"release of {cohort.cancer}", config.release
+    if policy is None:
+        return warn(check, "nothing leaves this site", "Decide `release` in site.yaml")
+    patients, events = len(cohort), int(cohort.event.sum())
+    if study.purpose not in policy.purposes:
+        problem = f"a study for {study.purpose} is answered nothing"
+        return warn(check, problem, "Add the purpose to release.purposes, if that is meant")
+    if policy.cancers is not None and cohort.cancer not in policy.cancers:
+        return warn(check, "nothing of this cancer leaves", "Add it to release.cancers")
+    if patients < policy.minimum_patients or events < policy.minimum_events:
+        problem = (
+            f"{patients} patients and {events} events are fewer than the {policy.minimum_patients} "
+            f"and {policy.minimum_events} of which something may leave"
+        )
+        return warn(check, problem, "Lower the minima in site.yaml, if that is allowed")
+    waits = "after approval here" if policy.approval == "human" else "by itself"
+    return ok(check, f"enough patients and events; what the policy allows leaves {waits}")
