@@ -35,18 +35,42 @@ def opened(
         if wal:
             database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-        if (version := _version(database)) > len(steps):
-            raise ConfigError(
-                path,
-                f"has schema {version}, this cropkt knows {len(steps)}",
-                "Use the cropkt that wrote it, or a newer one",
-            )
-        if version < len(steps):
+        _check_known(path, database, steps)
+        if _version(database) < len(steps):
             _migrate(database, steps)
     except BaseException:
         database.close()
         raise
     return database
+
+
+def reading(path: Path, steps: Sequence[str], *, wait: float) -> sqlite3.Connection:
+    """Return a connection that sees a database as it should be by now, and changes no byte of it.
+
+    A file that is not there reads as an empty database. One of an older schema is copied into
+    memory as it is at this moment, and brought up to date there.
+
+    Args:
+        path: of the file.
+        steps: as of `opened`.
+        wait: seconds for another process that writes.
+
+    Raises:
+        ConfigError: a newer cropkt wrote it.
+    """
+    if not path.exists():
+        return _in_memory(None, steps)
+    address = f"{path.resolve().as_uri()}?mode=ro"
+    database = sqlite3.connect(
+        address, uri=True, isolation_level=None, check_same_thread=False, timeout=wait
+    )
+    try:
+        _check_known(path, database, steps)
+        old = _version(database) < len(steps)
+        return _in_memory(database, steps) if old else database
+    except BaseException:
+        database.close()
+        raise
 
 
 @contextmanager
@@ -59,6 +83,25 @@ def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")
+
+
+def _check_known(path: Path, database: sqlite3.Connection, steps: Sequence[str]) -> None:
+    if (version := _version(database)) > len(steps):
+        raise ConfigError(
+            path,
+            f"has schema {version}, this cropkt knows {len(steps)}",
+            "Use the cropkt that wrote it, or a newer one",
+        )
+
+
+def _in_memory(source: sqlite3.Connection | None, steps: Sequence[str]) -> sqlite3.Connection:
+    """Return a copy of a database, or an empty one, brought up to date; close the source."""
+    copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    if source is not None:
+        source.backup(copy)
+        source.close()
+    _migrate(copy, steps)
+    return copy
 
 
 def _migrate(database: sqlite3.Connection, steps: Sequence[str]) -> None:

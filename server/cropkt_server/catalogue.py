@@ -38,7 +38,7 @@ def read_experts(folder: Path) -> list[ExpertStatus]:
     Raises:
         ConfigError: there is no study.
     """
-    with _findings(folder) as findings:
+    with _findings(folder, read_only=True) as findings:
         bank = findings.store.bank
         return [_status(bank, expert, _c_index(findings, expert)) for expert in bank.experts()]
 
@@ -101,8 +101,8 @@ def revoked_in_words(bank: Bank, gone: list[Banked]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _findings(folder: Path) -> Iterator[Findings]:
-    findings = Findings(folder, load_settings(folder).study)
+def _findings(folder: Path, *, read_only: bool = False) -> Iterator[Findings]:
+    findings = Findings(folder, load_settings(folder).study, read_only=read_only)
     try:
         yield findings
     finally:

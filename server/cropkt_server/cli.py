@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +24,7 @@ from cropkt.console import one_line
 
 if TYPE_CHECKING:
     from cropkt_server.settings import Settings
-    from cropkt_server.store import Store, Task
+    from cropkt_server.store import Store
 
 DEFAULT_PORT = 8443
 LONGEST_STOP = 40.0  # seconds a coordinator may take to stop
@@ -138,7 +138,8 @@ def roster(folder: Dir = HERE, as_json: AsJson = False) -> None:
     """List the hospitals that were invited, enrolled or revoked."""
     from dataclasses import asdict
 
-    from cropkt_server.status import read_status, roster_lines
+    from cropkt_server.status import read_status
+    from cropkt_server.words import roster_lines
 
     with one_line("cropkt-server"):
         status = read_status(folder)
@@ -180,22 +181,15 @@ def revoke(
 ) -> None:
     """Cut a hospital off, at once (what it gave before stays), or take an expert back."""
     from cropkt.errors import UsageError
-    from cropkt_server.bank import Bank
-    from cropkt_server.catalogue import revoked_in_words
-    from cropkt_server.roster import Roster
+    from cropkt_server import actions
 
     with one_line("cropkt-server"):
         if bool(site) == bool(expert):
             raise UsageError("revoke", "takes one thing", "Give --site or --expert")
-        _deployed(folder)
         if expert:
-            with contextlib.closing(Bank(folder)) as bank:
-                for line in revoked_in_words(bank, bank.revoke(expert)):
-                    typer.echo(line)
-            return
-        with contextlib.closing(Roster(folder)) as roster:
-            enrolled = roster.revoke(site)
-        typer.echo(f"{site} is cut off" if enrolled else f"the invite of {site} is void")
+            _say(actions.revoke_expert(folder, expert))
+        else:
+            _say(actions.revoke_site(folder, site))
 
 
 @app.command()
@@ -243,16 +237,21 @@ def status(folder: Dir = HERE, as_json: AsJson = False) -> None:
     """Say how far the study is; exit code 3 if it neither runs nor has done everything."""
     from dataclasses import asdict
 
-    from cropkt_server.status import in_words, read_status
+    from rich.console import Console
+
+    from cropkt_server.status import read_status
+    from cropkt_server.words import in_words, show
 
     with one_line("cropkt-server"):
         read = read_status(folder)
+    console = Console(highlight=False)
     if as_json:
         typer.echo(json.dumps(asdict(read), sort_keys=True))
+    elif console.is_terminal:
+        show(read, console)
     else:
-        for line in in_words(read):
-            typer.echo(line)
-    raise typer.Exit(0 if read.state == "finished" or (read.pid and not read.failed) else 3)
+        _say(in_words(read))
+    raise typer.Exit(0 if read.good else 3)
 
 
 @app.command()
@@ -270,30 +269,32 @@ def report(
 @app.command()
 def pause(folder: Dir = HERE) -> None:
     """Send nothing new; what is under way is still taken in."""
-    with one_line("cropkt-server"), _store(folder) as store:
-        store.pause(True)
-        typer.echo("paused")
+    from cropkt_server import actions
+
+    with one_line("cropkt-server"):
+        _say(actions.pause(folder))
 
 
 @app.command()
 def resume(folder: Dir = HERE) -> None:
     """Go on after a pause."""
-    with one_line("cropkt-server"), _store(folder) as store:
-        store.pause(False)
-        typer.echo("resumed")
+    from cropkt_server import actions
+
+    with one_line("cropkt-server"):
+        _say(actions.resume(folder))
 
 
 @app.command()
 def retry(
     folder: Dir = HERE,
     site: Annotated[str | None, typer.Option(help="Only this hospital's rows.")] = None,
+    row: Annotated[str | None, typer.Option(help="Only this row, as status names it.")] = None,
 ) -> None:
     """Make failed rows due again; a study that was finished is open again."""
-    with one_line("cropkt-server"), _store(folder) as store:
-        again = store.retry(site)
-        if not again:
-            typer.echo("no row has failed")
-        _reopen(folder, store, again)
+    from cropkt_server import actions
+
+    with one_line("cropkt-server"):
+        _say(actions.retry(folder, site=site, row=row))
 
 
 @app.command()
@@ -304,26 +305,14 @@ def admit(
 ) -> None:
     """Take a model that lies in quarantine after all, when its site sends it again."""
     from cropkt.cancers import cancer_of
+    from cropkt_server.actions import reopened
 
     with one_line("cropkt-server"), _store(folder) as store:
         again = store.admit(site, cancer_of(cancer))
         if again:
-            _reopen(folder, store, again)
+            _say(reopened(store, again))
         else:
             typer.echo(f"no model of {site} for {cancer} lies in quarantine")
-
-
-def _reopen(folder: Path, store: Store, again: list[Task]) -> None:
-    """Say which rows are due again, and open the study for them."""
-    from cropkt_server.lock import running
-
-    for task in again:
-        typer.echo(f"again: {task.id}")
-    if store.closed:
-        store.close_study(False)
-        typer.echo("the study is open again")
-    if not running(folder):
-        typer.echo("it does not run: start it")
 
 
 @app.command()
@@ -337,6 +326,11 @@ def renew(folder: Dir = HERE) -> None:
         renew(Keys.of(folder), [_hostname(host)])
         again = "; stop and start the study to use it" if running(folder) else ""
         typer.echo(f"made a new certificate for {_hostname(host)}{again}")
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
 
 
 def _hostname(host: str) -> str:

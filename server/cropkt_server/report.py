@@ -22,7 +22,7 @@ class _Reader(Study):
     """What a study has found so far; unlike a study, it changes no row."""
 
     def __init__(self, folder: Path, settings: Settings, members: tuple[Member, ...]) -> None:
-        Findings.__init__(self, folder, settings.study)
+        Findings.__init__(self, folder, settings.study, read_only=True)
         self._members = members
         began = self.store.meta("config")
         if began is not None:  # what was done counts, not what study.yaml says since
@@ -35,15 +35,20 @@ def write(folder: Path, out: Path | None) -> Path:
     Raises:
         ConfigError: there is no study, or this version does not know its settings.
     """
-    with _reading(folder) as study:
+    with reading(folder) as study:
         found = results(study)
     return write_page(one_run(found), folder / REPORT if out is None else out)[0]
 
 
 @contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[Study]:
+def reading(folder: Path) -> Iterator[Study]:
+    """Open what a study has found so far; nothing in its folder changes.
+
+    Raises:
+        ConfigError: there is no study, or this version does not know its settings.
+    """
     settings = load_settings(folder)
-    membership = Named(settings.sites) if settings.sites else Enrolled(folder)
+    membership = Named(settings.sites) if settings.sites else Enrolled(folder, read_only=True)
     try:
         members = membership.members()
     finally:

@@ -22,6 +22,7 @@ from cropkt.errors import ConfigError, DiskFullError, StudyError
 from cropkt.files import disk_full
 from cropkt_server.lock import locked
 from cropkt_server.settings import Settings, load_settings
+from cropkt_server.status import nothing_to_transfer
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -172,9 +173,8 @@ def _problem(found: Results, bank: tuple[str, ...]) -> str:
     rows = [f"{row['row']} ({row.get('cause', '')})" for row in found["failed"]]
     if rows:
         return f"it finished, but {len(rows)} rows failed or are missing: {'; '.join(rows)}"
-    if len(bank) < 2:
-        return f"it finished, but only {len(bank)} cancers have an expert: nothing to transfer"
-    return ""
+    lack = nothing_to_transfer(len(bank))
+    return f"it finished, but {lack}" if lack else ""
 
 
 def _tell(console: Console, line: str) -> None:
