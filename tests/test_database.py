@@ -81,15 +81,17 @@ def test_many_may_make_it_at_once(tmp_path: Path) -> None:
 
 def test_a_reader_sees_what_was_committed_and_cannot_write(tmp_path: Path) -> None:
     path = tmp_path / "a #1.sqlite"
-    with contextlib.closing(opened(path, [FIRST], wait=1)) as writer:
-        with contextlib.closing(reading(path, [FIRST], wait=1)) as reader:
-            writer.execute("BEGIN IMMEDIATE")
-            writer.execute("INSERT INTO one VALUES (1)")
-            assert rows(reader) == []
-            writer.execute("COMMIT")
-            assert rows(reader) == [(1,)]
-            with pytest.raises(sqlite3.OperationalError, match="readonly"):
-                reader.execute("INSERT INTO one VALUES (2)")
+    with (
+        contextlib.closing(opened(path, [FIRST], wait=1)) as writer,
+        contextlib.closing(reading(path, [FIRST], wait=1)) as reader,
+    ):
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("INSERT INTO one VALUES (1)")
+        assert rows(reader) == []
+        writer.execute("COMMIT")
+        assert rows(reader) == [(1,)]
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reader.execute("INSERT INTO one VALUES (2)")
 
 
 def test_a_reader_sees_an_older_file_as_a_new_one_and_leaves_it(tmp_path: Path) -> None:

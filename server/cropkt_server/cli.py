@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click import Context
+from typer.core import TyperCommand
 
 from cropkt.console import one_line
 
@@ -28,11 +30,24 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 8443
 LONGEST_STOP = 40.0  # seconds a coordinator may take to stop
+LONGEST_BOARD = 60.0  # seconds a board may take to begin
 
 Dir = Annotated[Path, typer.Argument(metavar="[DIR]", help="The study's folder.")]
 Site = Annotated[str, typer.Option(help="A hospital's name in the roster.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 HERE = Path(".")
+
+BOARD_PORT = "8765"
+
+
+class _OptionalPort(TyperCommand):
+    """Lets `--board` stand alone; typer knows no option whose value may be left out."""
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        """Give it the usual port."""
+        whole = [f"--board={BOARD_PORT}" if each == "--board" else each for each in args]
+        return super().parse_args(ctx, whole)
+
 
 app = typer.Typer(
     add_completion=False,
@@ -192,23 +207,41 @@ def revoke(
             _say(actions.revoke_site(folder, site))
 
 
-@app.command()
+@app.command(cls=_OptionalPort)
 def start(
     folder: Dir = HERE,
     detach: Annotated[bool, typer.Option("--detach/--follow", help="In the background.")] = False,
     linger: Annotated[
         float, typer.Option(min=0, help="Seconds to tell the sites that the study is over.")
     ] = 90.0,
+    board: Annotated[
+        int | None,
+        typer.Option(metavar="[=PORT]", max=65_535, min=0, help="Show the live board, too."),
+    ] = None,
 ) -> None:
     """Run the study until it is finished; run again, it goes on where it was."""
     with one_line("cropkt-server"):
         _deployed(folder)
         if detach:
-            _detach(folder, linger)
+            _detach(folder, linger, board)
             return
         from cropkt_server.runtime import start
 
-        start(folder, linger=linger)
+        start(folder, linger=linger, board=board)
+
+
+@app.command()
+def board(
+    folder: Dir = HERE,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses one.")] = int(BOARD_PORT),
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Show the study live on a page of this machine, whether it runs or not; it prints where."""
+    with one_line("cropkt-server"):
+        from cropkt_server.board.process import serve  # torch loads here
+
+        serve(folder, host=host, port=port, with_parent=with_parent)
 
 
 @app.command()
@@ -359,7 +392,7 @@ def _store(folder: Path) -> Iterator[Store]:
         store.close()
 
 
-def _detach(folder: Path, linger: float) -> None:
+def _detach(folder: Path, linger: float, board: int | None) -> None:
     """Start the same in the background, and say whether it came up."""
     from cropkt.errors import UsageError
     from cropkt_server.lock import running
@@ -370,8 +403,9 @@ def _detach(folder: Path, linger: float) -> None:
         raise UsageError(folder, problem, "Stop it with cropkt-server stop")
     nothing, log = subprocess.DEVNULL, folder / LOG_NAME
     code = "from cropkt_server.cli import main; main()"
+    options = ["--linger", str(linger)] + ([] if board is None else [f"--board={board}"])
     child = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, "start", str(folder), "--linger", str(linger)],
+        [sys.executable, "-P", "-c", code, "start", str(folder), *options],
         stdin=nothing,
         stdout=nothing,
         stderr=nothing,
@@ -383,6 +417,18 @@ def _detach(folder: Path, linger: float) -> None:
             raise typer.Exit(ended)
         time.sleep(0.1)
     typer.echo(f"running in the background: process {child.pid}, log {log}")
+    if board is not None:
+        typer.echo(f"the board: {_board_url(folder, child) or f'did not come up; see {log}'}")
+
+
+def _board_url(folder: Path, coordinator: subprocess.Popen[bytes]) -> str:
+    """Return the address of the board that a coordinator has just begun; none if it has not."""
+    path, until = folder / "board.url", time.monotonic() + LONGEST_BOARD
+    while time.monotonic() < until and coordinator.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            return path.read_text().strip()
+        time.sleep(0.1)
+    return ""
 
 
 def main() -> None:

@@ -189,7 +189,7 @@ class Listener:
     """
 
     def __init__(self, app: App, keys: Keys, *, host: str, port: int) -> None:
-        self._socket = _listening(host, port)
+        self._socket = listening(host, port)
         self.port = int(self._socket.getsockname()[1])
         config = uvicorn.Config(
             app,
@@ -246,7 +246,7 @@ def _abort(connection: object) -> None:
         transport.abort()
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     """Return a listening socket, or say in one line why there is none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

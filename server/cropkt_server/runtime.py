@@ -40,12 +40,13 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
-def start(folder: Path, *, linger: float) -> None:
+def start(folder: Path, *, linger: float, board: int | None = None) -> None:
     """Run the study in `folder` until it is finished; a finished one only says so.
 
     Args:
         folder: the study's.
         linger: seconds to go on telling the sites that the study is over.
+        board: port of a board beside it; None: without one.
 
     Raises:
         StudyError: it finished, but rows failed or sites are missing.
@@ -60,7 +61,8 @@ def start(folder: Path, *, linger: float) -> None:
         settle_environment(folder)
         settle_memory()
         try:
-            _run(folder, settings, host, console, linger)
+            with _board(folder, board, console):
+                _run(folder, settings, host, console, linger)
         except Exception as error:
             if not disk_full(error):
                 raise
@@ -128,6 +130,17 @@ def _run(folder: Path, settings: Settings, host: str, console: Console, linger: 
         where = f"{settings.listen}, port {superlink.port}"
         _tell(console, f"study {settings.name} listens on {where}, for sites that ask for {host}")
         superlink.run_server_app(main, {"study": str(folder), "poll": POLL})
+
+
+def _board(
+    folder: Path, port: int | None, console: Console
+) -> contextlib.AbstractContextManager[None]:
+    """Return what shows a board beside the study; its address, with its token, goes to no log."""
+    if port is None:
+        return contextlib.nullcontext()
+    from cropkt_server.board.process import beside
+
+    return beside(folder, port, lambda line: console.print(line, soft_wrap=True))
 
 
 def _check_name(before: str | None, settings: Settings, folder: Path) -> None:
