@@ -144,7 +144,7 @@ def _problem(failed: Mapping[str, str], absent: Mapping[str, str], bank: list[st
 
 def nothing_to_transfer(bank: int) -> str:
     """Return why experts of so many cancers help nobody; nothing if they may."""
-    return "" if bank > 1 else f"only {bank} cancers have an expert: nothing to transfer"
+    return "" if bank > 1 else "fewer than two cancers have an expert: nothing to transfer"
 
 
 def _settled(task: Task) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,10 +94,11 @@ def traffic_words(received: int | None, sent: int | None) -> str:
 def row_words(row: str, site: str = "") -> str:
     """Return a row's name for a reader; without its site if that is named beside it."""
     kind, _, rest = row.partition("/")
-    _, *of = rest.rsplit("/", 2)
-    where = "" if site else f" at {rest.rsplit('/', 2)[0]}"
-    number = f", round {of[1]}" if len(of) == 2 and of[1] != "0" else ""
-    return f"{kind.replace('_', ' ')}{f' {of[0]}' if len(of) == 2 else ''}{where}{number}"
+    found = re.fullmatch(r"(.+)/([A-Z]+)/(\d+)", rest)  # of a cancer, where a row is of one
+    whose, cancer, number = found.groups() if found else (rest, "", "0")
+    what = f"{kind.replace('_', ' ')} {cancer}".rstrip()
+    what += "" if site else f" at {whose}"
+    return what if number == "0" else f"{what}, round {number}"
 
 
 def in_words(status: StudyStatus) -> Iterator[str]:

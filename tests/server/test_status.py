@@ -117,7 +117,9 @@ def test_a_study_that_is_over_is_finished_only_if_nothing_is_missing(
 ) -> None:
     with closing(Store(folder)) as store:
         store.close_study()
-    assert read_status(folder).problem == "only 0 cancers have an expert: nothing to transfer"
+    assert (
+        read_status(folder).problem == "fewer than two cancers have an expert: nothing to transfer"
+    )
     with closing(Store(folder)) as store:
         store.set_meta("decided/bank", '["UVM", "SKCM"]')
     assert read_status(folder).state == "finished"
@@ -155,6 +157,7 @@ def test_rows_in_words() -> None:
     assert row_words("fit_expert/lumc/UVM/0") == "fit expert UVM at lumc"
     assert row_words("fit_expert/lumc/UVM/2", "lumc") == "fit expert UVM, round 2"
     assert row_words("describe/lumc") == "describe at lumc"
+    assert row_words("describe/</b>/x") == "describe at </b>/x"
 
 
 @pytest.mark.usefixtures("running")

@@ -157,7 +157,7 @@ def gains(observer: Observer) -> dict[str, Any]:
                     Cell(_number(read.c_index(target, arm))),
                     Cell(
                         "" if gain is None else f"{gain:+.3f}".replace("-", "−"),
-                        {1: "up", -1: "down"}.get(sign, ""),
+                        {1: "nowrap up", -1: "nowrap down"}.get(sign, "nowrap"),
                         ""
                         if ends is None
                         else f"{ends[0]:+.3f} to {ends[1]:+.3f}".replace("-", "−"),
