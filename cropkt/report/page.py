@@ -73,7 +73,10 @@ def _render(runs: Runs, sections: list[Section], drawn: dict[str, str], names: l
     template = environment.from_string(_text("page.html.j2"))
     return template.render(
         palette=palette(),
-        facts=_facts(runs.results, runs.seeds), sections=sections, drawn=drawn, names=names
+        facts=_facts(runs.results, runs.seeds),
+        sections=sections,
+        drawn=drawn,
+        names=names,
     )
 
 

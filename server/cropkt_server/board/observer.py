@@ -1,7 +1,7 @@
 """What the board reads of a study, again and again, and never twice at once.
 
 Everything comes from the functions behind `status`, `experts` and `report`. Files that have not
-changed are not read again, and reading the replies takes at most a fifth of this process's time.
+changed are not read again, and reading the replies takes at most a sixth of this process's time.
 """
 
 from __future__ import annotations
