@@ -20,13 +20,14 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-ray test-federation test-docs docs fuzz lint types wheel bench clean
+.PHONY: help demo test test-ray test-federation test-browser test-docs docs fuzz lint types wheel bench clean
 
 help:
 	@echo "make demo             run a small synthetic study; the report lands in demo-out/"
-	@echo "make test             lint, types and all tests but the ray and federation ones"
+	@echo "make test             lint, types and all tests but those of the next three"
 	@echo "make test-ray         tests that start Ray inside the test process"
 	@echo "make test-federation  tests that start real coordinator and hospital processes"
+	@echo "make test-browser     the live board in the Chromium of this machine"
 	@echo "make test-docs        the longer commands of README and docs, as they are printed there"
 	@echo "make docs             write docs/reference/ anew from the code"
 	@echo "make fuzz             100,000 hostile inputs to the parsers, and again with atheris"
@@ -40,13 +41,17 @@ demo: $(RUN)
 	$(BIN)/cropkt-sim run --preset demo --out demo-out
 
 test: lint types
-	$(BIN)/python -m pytest -m "not federation and not ray and not docs"
+	$(BIN)/python -m pytest -m "not federation and not ray and not docs and not browser"
 
 test-ray: $(DEV)
 	$(BIN)/python -m pytest -m ray
 
 test-federation: $(DEV)
 	$(BIN)/python -m pytest -m federation
+
+test-browser: $(DEV)
+	@$(PIP) -e ".[browser]"
+	$(BIN)/python -m pytest -m browser
 
 test-docs: $(DEV)
 	$(BIN)/python -m pytest -m docs

@@ -35,13 +35,8 @@ def opened(
         if wal:
             database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-        if (version := _version(database)) > len(steps):
-            raise ConfigError(
-                path,
-                f"has schema {version}, this cropkt knows {len(steps)}",
-                "Use the cropkt that wrote it, or a newer one",
-            )
-        if version < len(steps):
+        _check_known(path, database, steps)
+        if _version(database) < len(steps):
             _migrate(database, steps)
     except BaseException:
         database.close()
@@ -59,8 +54,7 @@ def problem_with(path: Path, steps: Sequence[str] | None = None) -> str:
     if not path.is_file():
         return "no such file"
     try:
-        uri = f"{path.absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=10)) as database:
+        with closing(_looking(path, wait=10)) as database:
             version = _version(database)
             (first,) = database.execute("PRAGMA integrity_check(1)").fetchone()
     except sqlite3.Error as error:
@@ -74,6 +68,40 @@ def problem_with(path: Path, steps: Sequence[str] | None = None) -> str:
     return ""
 
 
+def reading(path: Path, steps: Sequence[str], *, wait: float) -> sqlite3.Connection:
+    """Return a connection that sees a database as it should be by now, and changes no byte of it.
+
+    A file that is not there reads as an empty database. One of an older schema is copied into
+    memory as it is at this moment, and brought up to date there.
+
+    Args:
+        path: of the file.
+        steps: as of `opened`.
+        wait: seconds for another process that writes.
+
+    Raises:
+        ConfigError: a newer cropkt wrote it.
+    """
+    if not path.exists():
+        return _in_memory(None, steps)
+    database = _looking(path, wait=wait)
+    try:
+        _check_known(path, database, steps)
+        old = _version(database) < len(steps)
+        return _in_memory(database, steps) if old else database
+    except BaseException:
+        database.close()
+        raise
+
+
+def _looking(path: Path, *, wait: float) -> sqlite3.Connection:
+    """Return a connection that cannot write."""
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    return sqlite3.connect(
+        address, uri=True, isolation_level=None, check_same_thread=False, timeout=wait
+    )
+
+
 @contextmanager
 def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """Let all that the block writes happen, or nothing of it; nobody else writes meanwhile."""
@@ -84,6 +112,25 @@ def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")
+
+
+def _check_known(path: Path, database: sqlite3.Connection, steps: Sequence[str]) -> None:
+    if (version := _version(database)) > len(steps):
+        raise ConfigError(
+            path,
+            f"has schema {version}, this cropkt knows {len(steps)}",
+            "Use the cropkt that wrote it, or a newer one",
+        )
+
+
+def _in_memory(source: sqlite3.Connection | None, steps: Sequence[str]) -> sqlite3.Connection:
+    """Return a copy of a database, or an empty one, brought up to date; close the source."""
+    copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    if source is not None:
+        source.backup(copy)
+        source.close()
+    _migrate(copy, steps)
+    return copy
 
 
 def _migrate(database: sqlite3.Connection, steps: Sequence[str]) -> None:

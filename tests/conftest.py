@@ -136,3 +136,132 @@ def golden() -> Golden:
 # A shell starts its background jobs with SIGINT ignored, and children inherit that; tests that
 # interrupt a child need what a terminal gives.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def board_study(tmp_path: Path) -> Path:
+    """Return the folder of a deployed study under way, as far as its board needs it.
+
+    lumc and amc gave an expert each, and lumc is evaluated; a site whose name is a script failed;
+    nobody has come from leiden.
+    """
+    import hashlib
+    import time
+    from contextlib import closing
+
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from cropkt.config import StudyConfig
+    from cropkt.experts.artifact import m0_hash
+    from cropkt.experts.card import Card, models_of, public_text, sign, training_hash
+    from cropkt.experts.training import cross_fitted
+    from cropkt.messages import (
+        ArmScore,
+        CohortCount,
+        DescribeReply,
+        ExpertReply,
+        ReleaseReply,
+        Score,
+        Signed,
+        SourceScore,
+        TransferReply,
+    )
+    from cropkt_server.roster import Roster, Traffic
+    from cropkt_server.settings import Settings, save_settings
+    from cropkt_server.store import Store, Task
+
+    folder, study, odd = tmp_path / "study", StudyConfig(folds=3), "<script>alert(1)</script>"
+    folder.mkdir()
+    uvm, skcm = Cancer.UVM, Cancer.SKCM
+    save_settings(Settings(name="eye", host="hub.example.org:8443", study=study), folder)
+
+    def expert(site: str, cancer: Cancer, mark: float) -> tuple[ExpertReply, Task]:
+        task = Task(kind="fit_expert", site=site, cancer=cancer)
+        key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(site.encode()).digest())
+        weights = np.full((1, 4), mark, dtype=np.float32)
+        card = Card(
+            cancer=cancer,
+            site=site,
+            round=0,
+            patients=100,
+            events=20,
+            endpoint=study.endpoint,
+            encoder="",
+            shape=study.shape,
+            models=models_of(weights, cross_fitted(study.folds)[:1]),
+            m0=m0_hash(study),
+            study=study.hash(),
+            training=training_hash(study),
+            parents=(),
+            created="2026-03-01",
+            signer=public_text(key),
+        )
+        text, signature = sign(card, key)
+        reply = ExpertReply(
+            task=task.id,
+            cancer=cancer,
+            patients=100,
+            events=20,
+            weights=weights,
+            score=Score(c_index=0.7, se=0.05),
+            signed=Signed(card=text, signature=signature),
+            seconds=1.0,
+        )
+        return reply, task
+
+    with closing(Roster(folder)) as roster:
+        for number, (site, cancer) in enumerate((("lumc", uvm), ("amc", skcm), (odd, uvm))):
+            roster.enrol(
+                token=roster.invite(site, [cancer], 4e9),
+                site=site,
+                node_key=f"key {number}",
+                signing_key="x",
+                register=lambda key, name: len(name),
+            )
+        roster.seen("lumc", Traffic(received=3_000_000, sent=12_000_000))
+        roster.invite("leiden", [uvm], time.time() + 3600)
+    with closing(Store(folder)) as store:
+        for site, cancer in (("lumc", uvm), ("amc", skcm)):
+            described = Task(kind="describe", site=site)
+            count = CohortCount(cancer=cancer, patients=100, events=20, dim=8)
+            reply, task = expert(site, cancer, 1.0 if cancer == uvm else 2.0)
+            assert reply.signed is not None
+            store.add([described, task])
+            store.done(described, DescribeReply(task=described.id, site=site, cohorts=(count,)))
+            store.bank.add(reply.signed, task=task.id)
+            store.done(task, reply)
+        failed = Task(kind="describe", site=odd)
+        scored = Task(kind="score_sources", site="lumc", cancer=uvm)
+        judged = Task(kind="evaluate", site="lumc", cancer=uvm)
+        scoring = Task(kind="score_sources", site="amc", cancer=skcm)
+        store.add([failed, scored, scoring, judged])
+        store.failed(failed, "crashed <b>there</b> (reference 8f2ac1)")
+        (foreign,) = [e for e in store.bank.experts() if e.card.cancer == skcm]
+        store.bank.use(scored.id, {skcm: foreign.signed.hash})
+        store.done(
+            scored,
+            TransferReply(
+                task=scored.id,
+                cancer=uvm,
+                scores=(SourceScore(c_index=0.61, se=0.02),),
+                training_scores=((Score(c_index=0.6, se=0.02),),) * 3,
+                seconds=1.0,
+            ),
+        )
+        arm = ArmScore(c_index=0.7, se=0.05)
+        store.done(
+            judged,
+            ReleaseReply(
+                task=judged.id,
+                cancer=uvm,
+                patients=100,
+                events=20,
+                arms={"local": arm, "auto": replace(arm, c_index=0.74)},
+                routing={uvm: 0.8, skcm: 0.2},
+                zero_shot_choice={},
+                seconds=1.0,
+            ),
+        )
+        store.sent(scoring)
+    (folder / "server.log").write_text("2026-03-01 INFO study eye listens on <0.0.0.0>\n")
+    return folder

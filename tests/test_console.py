@@ -78,6 +78,7 @@ def test_what_the_system_says_names_the_file(
 
     assert ended(raises, capsys) == (line, 74)
 
+
 COMMANDS = ("server", "client", "sim")
 
 

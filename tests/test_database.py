@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cropkt.database import opened, transaction
+from cropkt.database import opened, reading, transaction
 from cropkt.errors import ConfigError
 
 FIRST = "CREATE TABLE one (x INTEGER); CREATE TABLE two (x INTEGER)"
@@ -77,3 +77,37 @@ def test_many_may_make_it_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert problems == []
+
+
+def test_a_reader_sees_what_was_committed_and_cannot_write(tmp_path: Path) -> None:
+    path = tmp_path / "a #1.sqlite"
+    with (
+        contextlib.closing(opened(path, [FIRST], wait=1)) as writer,
+        contextlib.closing(reading(path, [FIRST], wait=1)) as reader,
+    ):
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("INSERT INTO one VALUES (1)")
+        assert rows(reader) == []
+        writer.execute("COMMIT")
+        assert rows(reader) == [(1,)]
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reader.execute("INSERT INTO one VALUES (2)")
+
+
+def test_a_reader_sees_an_older_file_as_a_new_one_and_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite"
+    with contextlib.closing(opened(path, [FIRST], wait=1)) as database:
+        database.execute("INSERT INTO one VALUES (1)")
+    before = path.read_bytes()
+    with contextlib.closing(reading(path, [FIRST, SECOND], wait=1)) as database:
+        assert rows(database) == [(1, 7)]
+    assert path.read_bytes() == before
+    opened(path, [FIRST, SECOND], wait=1).close()
+    with pytest.raises(ConfigError, match="has schema 2, this cropkt knows 1"):
+        reading(path, [FIRST], wait=1)
+
+
+def test_a_reader_makes_no_file(tmp_path: Path) -> None:
+    with contextlib.closing(reading(tmp_path / "a.sqlite", [FIRST, SECOND], wait=1)) as database:
+        assert rows(database) == []
+    assert not list(tmp_path.iterdir())

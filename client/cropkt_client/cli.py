@@ -34,6 +34,16 @@ if TYPE_CHECKING:
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
 LONGEST_STOP = 40.0  # seconds a client may take to stop
 
+_COLOURS = {
+    "enrolled as": "bold",
+    "running": "green",
+    "connected": "green",
+    "the study is closed": "green",
+    "waiting for approval": "yellow",
+    "no answer": "yellow",
+    "not ": "red",
+    "last error": "red",
+}  # by how a line of `status` begins
 _DEVICES = "auto, cuda[:i], cpu or mps  [default: auto]"
 
 app = typer.Typer(
@@ -127,10 +137,10 @@ def status(context: typer.Context, config: Config = None, as_json: AsJson = Fals
         whole["held"] = held
         typer.echo(json.dumps({**(asdict(told) if told else {}), **whole}, sort_keys=True))
     else:
-        for line in _in_words(enrolment, pid, told):
-            typer.echo(line)
+        lines = list(_in_words(enrolment, pid, told))
         if held:
-            typer.echo(f"waiting for approval: {held}; see cropkt-client release list")
+            lines.append(f"waiting for approval: {held}; see cropkt-client release list")
+        _show(lines)
     raise typer.Exit(0 if pid else 3)
 
 
@@ -320,6 +330,17 @@ def _in_words(enrolled: Enrolment | None, pid: int | None, told: State | None) -
             yield f"no task at work, {told.tasks_done} done"
     if told and told.error:
         yield f"last error, {_ago(told.error_at)}: {told.error}"
+
+
+def _show(lines: Iterable[str]) -> None:
+    """Print the lines of `status`, on a terminal in colours."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for line in lines:
+        colour = next((colour for start, colour in _COLOURS.items() if line.startswith(start)), "")
+        console.print(Text(line, colour), soft_wrap=True)
 
 
 def _ago(when: float | None) -> str:

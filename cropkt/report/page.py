@@ -70,12 +70,23 @@ def _render(runs: Runs, sections: list[Section], drawn: dict[str, str], names: l
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(
-        files(__package__).joinpath("page.html.j2").read_text("utf-8")
-    )
+    template = environment.from_string(_text("page.html.j2"))
     return template.render(
-        facts=_facts(runs.results, runs.seeds), sections=sections, drawn=drawn, names=names
+        palette=palette(),
+        facts=_facts(runs.results, runs.seeds),
+        sections=sections,
+        drawn=drawn,
+        names=names,
     )
+
+
+def palette() -> str:
+    """Return the colours of every page, light and dark, as CSS variables."""
+    return _text("palette.css")
+
+
+def _text(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")
 
 
 def _facts(results: Results, seeds: list[int]) -> str:

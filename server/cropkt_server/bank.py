@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cropkt.cancers import Cancer
-from cropkt.database import opened, transaction
+from cropkt.database import opened, reading, transaction
 from cropkt.errors import UsageError
 from cropkt.experts.card import Card, read_card
 from cropkt.messages import Signed
@@ -58,9 +58,10 @@ class Banked:
 class Bank:
     """The experts of one study folder; may be used from several threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         self._lock = threading.RLock()
-        self._db = opened(folder / "bank.sqlite", SCHEMAS, wait=10)
+        open_ = reading if read_only else opened
+        self._db = open_(folder / "bank.sqlite", SCHEMAS, wait=10)
 
     def close(self) -> None:
         """Close the database."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,29 @@ class ExpertStatus:
     parents: tuple[str, ...]
     used_by: tuple[str, ...]  # routers, as "site (cancer)"
     revoked: bool
+    card: dict[str, object]  # all that it says of itself
 
 
-def read_experts(folder: Path) -> list[ExpertStatus]:
+def read_experts(folder: Path, known: dict[str, float] | None = None) -> list[ExpertStatus]:
     """Return the experts of a study, in the order in which they came.
+
+    Args:
+        folder: the study's.
+        known: C-indices by hash, for who asks again and again: what is there is not read, what is
+            read is added. They lie beside the weights, in large files.
 
     Raises:
         ConfigError: there is no study.
     """
-    with _findings(folder) as findings:
+    known = {} if known is None else known
+    with _findings(folder, read_only=True) as findings:
+        experts = findings.store.bank.experts()
+        for expert in experts:
+            read = None if expert.signed.hash in known else _c_index(findings, expert)
+            if read is not None:
+                known[expert.signed.hash] = read
         bank = findings.store.bank
-        return [_status(bank, expert, _c_index(findings, expert)) for expert in bank.experts()]
+        return [_status(bank, expert, known.get(expert.signed.hash)) for expert in experts]
 
 
 def export(folder: Path, to: Path) -> list[Path]:
@@ -101,8 +114,8 @@ def revoked_in_words(bank: Bank, gone: list[Banked]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _findings(folder: Path) -> Iterator[Findings]:
-    findings = Findings(folder, load_settings(folder).study)
+def _findings(folder: Path, *, read_only: bool = False) -> Iterator[Findings]:
+    findings = Findings(folder, load_settings(folder).study, read_only=read_only)
     try:
         yield findings
     finally:
@@ -122,6 +135,7 @@ def _status(bank: Bank, expert: Banked, c_index: float | None) -> ExpertStatus:
         parents=card.parents if card.site is None else (),
         used_by=tuple(routers(bank, [expert])),
         revoked=expert.revoked_at is not None,
+        card=json.loads(expert.signed.card),
     )
 
 

@@ -14,25 +14,40 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click import Context
+from typer.core import TyperCommand
 
 from cropkt.console import Version, fail, one_line
 
 if TYPE_CHECKING:
     from cropkt_server.settings import Settings
-    from cropkt_server.store import Store, Task
+    from cropkt_server.store import Store
 
 DEFAULT_PORT = 8443
 LONGEST_STOP = 40.0  # seconds a coordinator may take to stop
+LONGEST_BOARD = 60.0  # seconds a board may take to begin
 
 Dir = Annotated[Path, typer.Argument(metavar="[DIR]", help="The study's folder.")]
 Site = Annotated[str, typer.Option(help="A hospital's name in the roster.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 HERE = Path(".")
+
+BOARD_PORT = "8765"
+
+
+class _OptionalPort(TyperCommand):
+    """Lets `--board` stand alone; typer knows no option whose value may be left out."""
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        """Give it the usual port."""
+        whole = [f"--board={BOARD_PORT}" if each == "--board" else each for each in args]
+        return super().parse_args(ctx, whole)
+
 
 app = typer.Typer(
     add_completion=False,
@@ -144,7 +159,8 @@ def roster(folder: Dir = HERE, as_json: AsJson = False) -> None:
     """List the hospitals that were invited, enrolled or revoked."""
     from dataclasses import asdict
 
-    from cropkt_server.status import read_status, roster_lines
+    from cropkt_server.status import read_status
+    from cropkt_server.words import roster_lines
 
     with one_line("cropkt-server"):
         status = read_status(folder)
@@ -186,22 +202,15 @@ def revoke(
 ) -> None:
     """Cut a hospital off, at once (what it gave before stays), or take an expert back."""
     from cropkt.errors import UsageError
-    from cropkt_server.bank import Bank
-    from cropkt_server.catalogue import revoked_in_words
-    from cropkt_server.roster import Roster
+    from cropkt_server import actions
 
     with one_line("cropkt-server"):
         if bool(site) == bool(expert):
             raise UsageError("revoke", "takes one thing", "Give --site or --expert")
-        _deployed(folder)
         if expert:
-            with contextlib.closing(Bank(folder)) as bank:
-                for line in revoked_in_words(bank, bank.revoke(expert)):
-                    typer.echo(line)
-            return
-        with contextlib.closing(Roster(folder)) as roster:
-            enrolled = roster.revoke(site)
-        typer.echo(f"{site} is cut off" if enrolled else f"the invite of {site} is void")
+            _say(actions.revoke_expert(folder, expert))
+        else:
+            _say(actions.revoke_site(folder, site))
 
 
 @app.command(
@@ -222,13 +231,17 @@ def doctor(folder: Dir = HERE, as_json: AsJson = False) -> None:
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(cls=_OptionalPort)
 def start(
     folder: Dir = HERE,
     detach: Annotated[bool, typer.Option("--detach/--follow", help="In the background.")] = False,
     linger: Annotated[
         float, typer.Option(min=0, help="Seconds to tell the sites that the study is over.")
     ] = 90.0,
+    board: Annotated[
+        int | None,
+        typer.Option(metavar="[=PORT]", max=65_535, min=0, help="Show the live board, too."),
+    ] = None,
 ) -> None:
     """Run the study until it is finished; run again, it goes on where it was."""
     from cropkt_server.readiness import telling_why
@@ -236,11 +249,25 @@ def start(
     with one_line("cropkt-server"), telling_why():
         _deployed(folder)
         if detach:
-            _detach(folder, linger)
+            _detach(folder, linger, board)
             return
         from cropkt_server.runtime import start
 
-        start(folder, linger=linger)
+        start(folder, linger=linger, board=board)
+
+
+@app.command()
+def board(
+    folder: Dir = HERE,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses one.")] = int(BOARD_PORT),
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Show the study live on a page of this machine, whether it runs or not; it prints where."""
+    with one_line("cropkt-server"):
+        from cropkt_server.board.process import serve  # torch loads here
+
+        serve(folder, host=host, port=port, with_parent=with_parent)
 
 
 @app.command()
@@ -269,16 +296,21 @@ def status(folder: Dir = HERE, as_json: AsJson = False) -> None:
     """Say how far the study is; exit code 3 if it neither runs nor has done everything."""
     from dataclasses import asdict
 
-    from cropkt_server.status import in_words, read_status
+    from rich.console import Console
+
+    from cropkt_server.status import read_status
+    from cropkt_server.words import in_words, show
 
     with one_line("cropkt-server"):
         read = read_status(folder)
+    console = Console(highlight=False)
     if as_json:
         typer.echo(json.dumps(asdict(read), sort_keys=True))
+    elif console.is_terminal:
+        show(read, console)
     else:
-        for line in in_words(read):
-            typer.echo(line)
-    raise typer.Exit(0 if read.state == "finished" or (read.pid and not read.failed) else 3)
+        _say(in_words(read))
+    raise typer.Exit(0 if read.good else 3)
 
 
 @app.command()
@@ -296,30 +328,32 @@ def report(
 @app.command()
 def pause(folder: Dir = HERE) -> None:
     """Send nothing new; what is under way is still taken in."""
-    with one_line("cropkt-server"), _store(folder) as store:
-        store.pause(True)
-        typer.echo("paused")
+    from cropkt_server import actions
+
+    with one_line("cropkt-server"):
+        _say(actions.pause(folder))
 
 
 @app.command()
 def resume(folder: Dir = HERE) -> None:
     """Go on after a pause."""
-    with one_line("cropkt-server"), _store(folder) as store:
-        store.pause(False)
-        typer.echo("resumed")
+    from cropkt_server import actions
+
+    with one_line("cropkt-server"):
+        _say(actions.resume(folder))
 
 
 @app.command()
 def retry(
     folder: Dir = HERE,
     site: Annotated[str | None, typer.Option(help="Only this hospital's rows.")] = None,
+    row: Annotated[str | None, typer.Option(help="Only this row, as status names it.")] = None,
 ) -> None:
     """Make failed rows due again; a study that was finished is open again."""
-    with one_line("cropkt-server"), _store(folder) as store:
-        again = store.retry(site)
-        if not again:
-            typer.echo("no row has failed")
-        _reopen(folder, store, again)
+    from cropkt_server import actions
+
+    with one_line("cropkt-server"):
+        _say(actions.retry(folder, site=site, row=row))
 
 
 @app.command()
@@ -330,26 +364,14 @@ def admit(
 ) -> None:
     """Take a model that lies in quarantine after all, when its site sends it again."""
     from cropkt.cancers import cancer_of
+    from cropkt_server.actions import reopened
 
     with one_line("cropkt-server"), _store(folder) as store:
         again = store.admit(site, cancer_of(cancer))
         if again:
-            _reopen(folder, store, again)
+            _say(reopened(store, again))
         else:
             typer.echo(f"no model of {site} for {cancer} lies in quarantine")
-
-
-def _reopen(folder: Path, store: Store, again: list[Task]) -> None:
-    """Say which rows are due again, and open the study for them."""
-    from cropkt_server.lock import running
-
-    for task in again:
-        typer.echo(f"again: {task.id}")
-    if store.closed:
-        store.close_study(False)
-        typer.echo("the study is open again")
-    if not running(folder):
-        typer.echo("it does not run: start it")
 
 
 @app.command()
@@ -363,6 +385,11 @@ def renew(folder: Dir = HERE) -> None:
         renew(Keys.of(folder), [_hostname(host)])
         again = "; stop and start the study to use it" if running(folder) else ""
         typer.echo(f"made a new certificate for {_hostname(host)}{again}")
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
 
 
 def _hostname(host: str) -> str:
@@ -391,7 +418,7 @@ def _store(folder: Path) -> Iterator[Store]:
         store.close()
 
 
-def _detach(folder: Path, linger: float) -> None:
+def _detach(folder: Path, linger: float, board: int | None) -> None:
     """Start the same in the background; return when it listens, or say why it does not."""
     from cropkt.errors import UsageError
     from cropkt_server.lock import running
@@ -403,9 +430,10 @@ def _detach(folder: Path, linger: float) -> None:
         raise UsageError(folder, problem, "Stop it with cropkt-server stop")
     nothing, log = subprocess.DEVNULL, folder / LOG_NAME
     code = "from cropkt_server.cli import main; main()"
+    options = ["--linger", str(linger)] + ([] if board is None else [f"--board={board}"])
     with readiness() as listening:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-c", code, "start", str(folder), "--linger", str(linger)],
+            [sys.executable, "-P", "-c", code, "start", str(folder), *options],
             stdin=nothing,
             stdout=nothing,
             stderr=nothing,
@@ -417,6 +445,18 @@ def _detach(folder: Path, linger: float) -> None:
         ended = child.wait()
         fail("cropkt-server", why_not or f"it ended with code {ended}; see {log}", ended)
     typer.echo(f"running in the background: process {child.pid}, log {log}")
+    if board is not None:
+        typer.echo(f"the board: {_board_url(folder, child) or f'did not come up; see {log}'}")
+
+
+def _board_url(folder: Path, coordinator: subprocess.Popen[bytes]) -> str:
+    """Return the address of the board that a coordinator has just begun; none if it has not."""
+    path, until = folder / "board.url", time.monotonic() + LONGEST_BOARD
+    while time.monotonic() < until and coordinator.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            return path.read_text().strip()
+        time.sleep(0.1)
+    return ""
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ Reply = TypeVar("Reply", bound=Message)
 class Findings:
     """The state of one study folder, read from its store."""
 
-    def __init__(self, folder: Path, config: StudyConfig) -> None:
+    def __init__(self, folder: Path, config: StudyConfig, *, read_only: bool = False) -> None:
         self.config = config
-        self.store = Store(folder)
+        self.store = Store(folder, read_only=read_only)
         self._described: dict[str, DescribeReply] = {}
 
     def holders(self) -> dict[Cancer, list[str]]:

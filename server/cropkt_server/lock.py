@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from cropkt import lock
@@ -19,6 +20,19 @@ def locked(folder: Path) -> AbstractContextManager[None]:
     return lock.locked(
         folder / _NAME, holder="another coordinator", fix="Stop it with cropkt-server stop"
     )
+
+
+def beat(folder: Path) -> None:
+    """Leave a sign of life of the coordinator that holds a study folder."""
+    with suppress(OSError):  # of a disk in trouble; the next beat tries again
+        os.utime(folder / _NAME)
+
+
+def last_beat(folder: Path) -> float | None:
+    """Return when a coordinator last gave a sign of life, in seconds since 1970, or None."""
+    with suppress(FileNotFoundError):
+        return (folder / _NAME).stat().st_mtime
+    return None
 
 
 def running(folder: Path) -> int | None:

@@ -60,8 +60,8 @@ class Named:
 class Enrolled:
     """The sites of a roster."""
 
-    def __init__(self, folder: Path) -> None:
-        self._roster = Roster(folder)
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        self._roster = Roster(folder, read_only=read_only)
 
     def close(self) -> None:
         """Close the roster."""

@@ -27,7 +27,7 @@ from cropkt.files import disk_full
 from cropkt_server.asgi import App, Event, Receive, Scope, Send, Turn, Turns, in_pieces
 from cropkt_server.enrolment import Allowance, Enrolment, Nodes
 from cropkt_server.pki import Keys
-from cropkt_server.roster import EnrolmentRefusedError
+from cropkt_server.roster import EnrolmentRefusedError, Traffic
 
 log = logging.getLogger("cropkt.server")
 
@@ -52,6 +52,7 @@ KEY_HEADER = b"flwr-public-key"  # base64 of the node key's PEM
 ENROL_ATTEMPTS = (10, 60.0)  # in so many seconds, from one address
 STOP_WITHIN = 5  # seconds that calls under way get to finish
 SEEN_EVERY = 60.0  # seconds between notes in the roster that a site was heard of
+SEEN_BYTES = 1 << 20  # to and fro, after which it is noted earlier
 
 _STATUS = {"malformed": 400, "version": 409, "site": 403, "later": 429}  # else 403
 
@@ -66,6 +67,7 @@ class PublicDoor:
         self._attempts, self._knocks = Allowance(*ENROL_ATTEMPTS), Allowance(*ENROL_ATTEMPTS)
         self._log_lines = Allowance(1, 60.0)
         self._heard: dict[str, float] = {}
+        self._traffic: dict[str, Traffic] = {}  # not in the roster yet
         self._turns = Turns(AT_WORK)
         self._routes: dict[tuple[str, bytes], App] = {
             ("GET", b"/health"): self._health,
@@ -156,7 +158,7 @@ class PublicDoor:
             return
         site = found[0]
         await self._heard_of(site)
-        size, turn = 0, Turn(self._turns)
+        size, sent, turn = 0, 0, Turn(self._turns)
 
         async def limited() -> Event:
             """Pass the body on, but not beyond the limit, and not once the site is revoked."""
@@ -172,19 +174,25 @@ class PublicDoor:
             return event
 
         async def answering(event: Event) -> None:
+            nonlocal sent
             turn.end()
+            sent += len(event.get("body", b""))
             await in_pieces(send, event)
 
         try:
             await self._fleet(scope, limited, answering)
         finally:
             turn.end()
+            before = self._traffic.get(site, Traffic())
+            self._traffic[site] = Traffic(before.received + size, before.sent + sent)
 
     async def _heard_of(self, site: str) -> None:
-        now = time.monotonic()
-        if now - self._heard.get(site, -SEEN_EVERY) >= SEEN_EVERY:
+        now, traffic = time.monotonic(), self._traffic.get(site, Traffic())
+        much = traffic.received + traffic.sent >= SEEN_BYTES
+        if much or now - self._heard.get(site, -SEEN_EVERY) >= SEEN_EVERY:
             self._heard[site] = now
-            await run_in_threadpool(self._roster.seen, site)
+            self._traffic.pop(site, None)
+            await run_in_threadpool(self._roster.seen, site, traffic)
 
     def _note(self, scope: Scope, what: str) -> None:
         """Log a refusal with its cause, the same one at most once a minute."""

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
-from cropkt.config import parse_study
 from cropkt.report.page import write_page
 from cropkt.report.runs import one_run
-from cropkt_server.findings import Findings
-from cropkt_server.membership import Enrolled, Member, Named
+from cropkt_server.reading import reading
 from cropkt_server.results import results
 from cropkt_server.runtime import REPORT
-from cropkt_server.settings import Settings, load_settings
-from cropkt_server.study import Study
-
-
-class _Reader(Study):
-    """What a study has found so far; unlike a study, it changes no row."""
-
-    def __init__(self, folder: Path, settings: Settings, members: tuple[Member, ...]) -> None:
-        Findings.__init__(self, folder, settings.study)
-        self._members = members
-        began = self.store.meta("config")
-        if began is not None:  # what was done counts, not what study.yaml says since
-            self.config = parse_study(json.loads(began), str(folder))
 
 
 def write(folder: Path, out: Path | None) -> Path:
@@ -35,22 +17,6 @@ def write(folder: Path, out: Path | None) -> Path:
     Raises:
         ConfigError: there is no study, or this version does not know its settings.
     """
-    with _reading(folder) as study:
+    with reading(folder) as study:
         found = results(study)
     return write_page(one_run(found), folder / REPORT if out is None else out)[0]
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[Study]:
-    settings = load_settings(folder)
-    membership = Named(settings.sites) if settings.sites else Enrolled(folder)
-    try:
-        members = membership.members()
-    finally:
-        if isinstance(membership, Enrolled):
-            membership.close()
-    study = _Reader(folder, settings, members)
-    try:
-        yield study
-    finally:
-        study.store.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cropkt.cancers import Cancer
-from cropkt.database import opened, transaction
+from cropkt.database import opened, reading, transaction
 from cropkt.errors import CropktError, UsageError
 
 Refusal = Literal[
@@ -46,6 +46,13 @@ SCHEMAS = (
         enrolled_at REAL NOT NULL,
         revoked_at REAL,
         last_seen REAL
+    );
+    """,
+    """
+    CREATE TABLE traffic (
+        site TEXT PRIMARY KEY,
+        received INTEGER NOT NULL,
+        sent INTEGER NOT NULL
     );
     """,
 )
@@ -89,12 +96,23 @@ class EnrolledSite:
     last_seen: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What went through the door with one site, in bytes of bodies, without TLS and headers."""
+
+    received: int = 0  # by the coordinator
+    sent: int = 0
+
+
 class Roster:
     """Invitations and sites of one study folder; may be used from several threads."""
 
-    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, folder: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False
+    ) -> None:
         self._clock, self._lock = clock, threading.RLock()
-        self._db = opened(folder / "roster.sqlite", SCHEMAS, wait=10)
+        open_ = reading if read_only else opened
+        self._db = open_(folder / "roster.sqlite", SCHEMAS, wait=10)
 
     def close(self) -> None:
         """Close the database."""
@@ -257,10 +275,22 @@ class Roster:
             for site, cancers, expires, used_at, revoked_at in rows
         ]
 
-    def seen(self, site: str) -> None:
-        """The site has just been heard of."""
+    def seen(self, site: str, traffic: Traffic | None = None) -> None:
+        """The site has just been heard of; so much went to and fro since that was said last."""
         with self._lock, transaction(self._db) as db:
             db.execute("UPDATE site SET last_seen = ? WHERE name = ?", (self._clock(), site))
+            if traffic is not None:
+                db.execute(
+                    "INSERT INTO traffic VALUES (?, ?, ?) ON CONFLICT (site) DO UPDATE SET "
+                    "received = received + excluded.received, sent = sent + excluded.sent",
+                    (site, traffic.received, traffic.sent),
+                )
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Return what went to and fro with each site that was ever heard of."""
+        with self._lock:
+            rows = self._db.execute("SELECT site, received, sent FROM traffic").fetchall()
+        return {site: Traffic(received, sent) for site, received, sent in rows}
 
     def moved(self, site: str, node_id: int) -> None:
         """The site's node has another id: Flower's database was lost and made anew."""

@@ -23,6 +23,7 @@ from cropkt.files import disk_full
 from cropkt_server.lock import locked
 from cropkt_server.readiness import tell_ready
 from cropkt_server.settings import Settings, load_settings
+from cropkt_server.status import nothing_to_transfer
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -40,12 +41,13 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
-def start(folder: Path, *, linger: float) -> None:
+def start(folder: Path, *, linger: float, board: int | None = None) -> None:
     """Run the study in `folder` until it is finished; a finished one only says so.
 
     Args:
         folder: the study's.
         linger: seconds to go on telling the sites that the study is over.
+        board: port of a board beside it; None: without one.
 
     Raises:
         StudyError: it finished, but rows failed or sites are missing.
@@ -60,7 +62,8 @@ def start(folder: Path, *, linger: float) -> None:
         settle_environment(folder)
         settle_memory()
         try:
-            _run(folder, settings, host, console, linger)
+            with _board(folder, board, console):
+                _run(folder, settings, host, console, linger)
         except Exception as error:
             if not disk_full(error):
                 raise
@@ -136,6 +139,17 @@ def _run(folder: Path, settings: Settings, host: str, console: Console, linger: 
         superlink.run_server_app(main, {"study": str(folder), "poll": POLL})
 
 
+def _board(
+    folder: Path, port: int | None, console: Console
+) -> contextlib.AbstractContextManager[None]:
+    """Return what shows a board beside the study; its address, with its token, goes to no log."""
+    if port is None:
+        return contextlib.nullcontext()
+    from cropkt_server.board.process import beside
+
+    return beside(folder, port, lambda line: console.print(line, soft_wrap=True))
+
+
 def _check_name(before: str | None, settings: Settings, folder: Path) -> None:
     if before not in (None, settings.name):
         raise ConfigError(
@@ -179,9 +193,8 @@ def _problem(found: Results, bank: tuple[str, ...]) -> str:
     rows = [f"{row['row']} ({row.get('cause', '')})" for row in found["failed"]]
     if rows:
         return f"it finished, but {len(rows)} rows failed or are missing: {'; '.join(rows)}"
-    if len(bank) < 2:
-        return f"it finished, but only {len(bank)} cancers have an expert: nothing to transfer"
-    return ""
+    lack = nothing_to_transfer(len(bank))
+    return f"it finished, but {lack}" if lack else ""
 
 
 def _tell(console: Console, line: str) -> None:

@@ -12,12 +12,12 @@ import json
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from cropkt.cancers import Cancer
-from cropkt.database import opened, transaction
+from cropkt.database import opened, reading, transaction
 from cropkt.messages import REPLIES, Message, load, pack, save
 from cropkt_server.bank import Bank
 
@@ -59,6 +59,7 @@ class Task:
     state: State = "due"
     cause: str = ""
     tries: int = 0
+    changed: float | None = field(default=None, compare=False)  # seconds since 1970
 
     @property
     def id(self) -> str:
@@ -72,12 +73,14 @@ class Task:
 class Store:
     """Rows and replies of one study folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         self.folder = folder
         self._replies = folder / "replies"
-        self._replies.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.bank = Bank(folder)
-        self._db = opened(folder / "study.sqlite", SCHEMAS, wait=5)
+        if not read_only:
+            self._replies.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.bank = Bank(folder, read_only=read_only)
+        open_ = reading if read_only else opened
+        self._db = open_(folder / "study.sqlite", SCHEMAS, wait=5)
 
     def close(self) -> None:
         """Close the database."""
@@ -115,9 +118,15 @@ class Store:
         """The study is over, or goes on after all."""
         self.set_meta("closed", "yes" if yes else "no")
 
-    def retry(self, site: str | None = None) -> list[Task]:
-        """Make the failed rows of a site, or of all, due with all their tries; return them."""
-        again = [t for t in self.tasks() if t.state == "failed" and site in (None, t.site)]
+    def retry(self, site: str | None = None, row: str | None = None) -> list[Task]:
+        """Make failed rows due with all their tries; return them.
+
+        Args:
+            site: only those of this site.
+            row: only the one of this name.
+        """
+        failed = [task for task in self.tasks() if task.state == "failed"]
+        again = [t for t in failed if site in (None, t.site) and row in (None, t.id)]
         self._again(again)
         return again
 
@@ -247,17 +256,14 @@ def digest_of(reply: Message) -> str:
 
 def read_tasks(folder: Path) -> list[Task]:
     """Return the rows of a study that another process or thread is running."""
-    path = folder / "study.sqlite"
-    if not path.exists():
-        return []
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
-        (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        return _tasks(database) if tables else []
+    with closing(reading(folder / "study.sqlite", SCHEMAS, wait=5)) as database:
+        return _tasks(database)
 
 
 def _tasks(database: sqlite3.Connection) -> list[Task]:
     rows = database.execute(
-        "SELECT kind, site, cancer, round, state, cause, tries FROM task ORDER BY rowid"
+        "SELECT kind, site, cancer, round, state, cause, tries, "
+        "(changed - 2440587.5) * 86400 FROM task ORDER BY rowid"  # from Julian days
     )
     return [
         Task(
@@ -268,6 +274,7 @@ def _tasks(database: sqlite3.Connection) -> list[Task]:
             state=state,
             cause=cause,
             tries=tries,
+            changed=changed,
         )
-        for kind, site, cancer, number, state, cause, tries in rows
+        for kind, site, cancer, number, state, cause, tries, changed in rows
     ]

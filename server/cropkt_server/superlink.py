@@ -90,6 +90,7 @@ from cropkt.bundle import VERSION, bundle, bundle_hash
 from cropkt.config import StudyConfig
 from cropkt.errors import ConfigError
 from cropkt.files import disk_full, make_private
+from cropkt_server import lock
 from cropkt_server.asgi import App
 from cropkt_server.bank import Bank
 from cropkt_server.enrolment import Enrolment
@@ -113,7 +114,7 @@ class SuperLink:
     """Nodes, runs and messages of one study folder, and the listener for its sites."""
 
     def __init__(self, folder: Path, roster: Roster) -> None:
-        self._roster = roster
+        self._folder, self._roster = folder, roster
         path = folder / "flower.sqlite"
         # Made here first: SQLite would make it readable for others.
         make_private(path)
@@ -287,6 +288,7 @@ class SuperLink:
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT):
+                lock.beat(self._folder)
                 try:
                     self._state.acknowledge_task_heartbeat(task.task_id)
                     self.reconcile()  # another process may have revoked a site

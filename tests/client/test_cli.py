@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,12 @@ def test_a_state_folder_that_cannot_be_is_one_line(config: Path) -> None:
     code, said = run("status", "--config", config)
     assert code == 74
     assert "state" in one_line(said)
+
+
+def test_a_terminal_shows_the_same_lines(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain = run("status", "--config", config)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, coloured = run("status", "--config", config)
+    assert code == 3
+    assert "\x1b[31mnot running\x1b[0m" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain

@@ -23,9 +23,10 @@ from cropkt_server.membership import Member, missing
 from cropkt_server.progress import shown
 from cropkt_server.results import results
 from cropkt_server.settings import Settings, save_settings
-from cropkt_server.status import in_words, read_status
+from cropkt_server.status import read_status
 from cropkt_server.store import Task
 from cropkt_server.study import MAX_TRIES, Gathering, Study
+from cropkt_server.words import in_words
 from cropkt_sim.flower_internals import SERVER_NODE_ID, identify_process, new_message_id
 
 pytestmark = pytest.mark.usefixtures("all_admitted", "all_signed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cropkt_server.asgi import PIECE
 from cropkt_server.enrolment import Enrolment, pem_of
 from cropkt_server.pki import Keys, make_keys
 from cropkt_server.public import AT_WORK, PublicDoor
-from cropkt_server.roster import Roster
+from cropkt_server.roster import Roster, Traffic
 
 Ask = Callable[[Any], Awaitable[list[dict[str, Any]]]]
 WHOLE = {"type": "http.request", "body": b"question", "more_body": False}
@@ -96,6 +97,24 @@ def site(*, leaves: asyncio.Event | None = None) -> Callable[[], Awaitable[dict[
         return {"type": "http.disconnect"}
 
     return receive
+
+
+def test_bytes_through_the_door_are_noted_by_site(
+    door: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cropkt_server.public.SEEN_BYTES", 3 * PIECE)
+
+    async def go() -> None:
+        fleet = Fleet(answer=bytes(PIECE + 7))
+        fleet.may.set()
+        ask = door(fleet)
+        for _ in range(4):  # the first is noted at once, before it went; the rest by their size
+            await ask(site())
+
+    asyncio.run(go())
+    with contextlib.closing(Roster(tmp_path, read_only=True)) as roster:
+        whole = len(WHOLE["body"])
+        assert roster.traffic() == {"lumc": Traffic(received=3 * whole, sent=3 * (PIECE + 7))}
 
 
 async def settled() -> None:
