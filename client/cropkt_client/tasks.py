@@ -48,6 +48,7 @@ from cropkt.messages import (
     Weights,
 )
 from cropkt.prediction.kept import Source
+from cropkt.prediction.making import final_risk
 from cropkt.prediction.making import release as make_released
 from cropkt.survival.metrics import Estimate, out_of_fold
 from cropkt.transfer.arms import (
@@ -288,7 +289,9 @@ def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
             Source(cancer=name, card=one.card, signature=one.signature)
             for name, one in zip(names, signed, strict=True)
         ],
-        parents=[str(averaged) for averaged in (site.kept(f"{cancer}/experts") or {}).get("hashes", ())],
+        parents=[
+            str(averaged) for averaged in (site.kept(f"{cancer}/experts") or {}).get("hashes", ())
+        ],
         scores=scores,
         facts=site.facts(cohort),
     )
@@ -339,6 +342,7 @@ def _keep_predictions(
             "patients": np.array(job.target.cohort.patient_ids),
             "folds": job.target.folds,
             "router_weights": job.routed[1],
+            "risk_final": final_risk(job),
             **{f"risk_{arm}": prediction.risk for arm, (prediction, _) in said.items()},
         },
     )

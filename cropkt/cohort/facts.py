@@ -101,7 +101,9 @@ def refuse_other(said: SlideFacts, expected: SlideFacts, where: str) -> None:
         problem = f"its features are of encoder {said.encoder}, the model reads {expected.encoder}"
         raise SlideMismatchError(where, problem, fix)
     if _differ(said.magnification, expected.magnification):
-        problem = f"its patches are at {said.magnification:g}x, the model's {expected.magnification:g}x"
+        problem = (
+            f"its patches are at {said.magnification:g}x, the model's {expected.magnification:g}x"
+        )
         raise SlideMismatchError(where, problem, fix)
     if _differ(said.patch_size, expected.patch_size):
         problem = (

@@ -70,8 +70,7 @@ def release(
     }
     tensors |= {f"own/{view}": row for view, row in enumerate(own)}
     tensors |= {
-        f"router/{view}": row
-        for view, row in enumerate(flatten(job.router.module).cpu().numpy())
+        f"router/{view}": row for view, row in enumerate(flatten(job.router.module).cpu().numpy())
     }
     tensors |= {f"source/{i}": row for i, row in enumerate(flatten(job.sources).cpu().numpy())}
     if study.training.standardise == "site":
@@ -112,23 +111,25 @@ def release(
     write(path, about, tensors)
 
 
+def final_risk(job: Job) -> NDArray[np.float64]:
+    """Return what the guard's final decision says of the training patients, (n,).
+
+    Each is judged by the own expert that left their fold out.
+    """
+    risks = np.concatenate([job.target.local_risk()[None], job.opinions[0].risk])
+    risks = np.where(np.isfinite(risks).all(1, keepdims=True), risks, 0.0)
+    centre, deviation = job.guarded.units[:, :, None]
+    scaled = np.divide(risks - centre, deviation, out=np.zeros_like(risks), where=deviation > 1e-12)
+    risk: NDArray[np.float64] = job.guarded.final.weights @ scaled
+    return risk
+
+
 def _percentiles(job: Job) -> NDArray[np.float64]:
     """Return the percentiles of the training patients' out-of-fold risk by each model."""
-    guarded, target = job.guarded, job.target
-    risks = np.concatenate([target.local_risk()[None], job.opinions[0].risk])
-    risks = np.where(np.isfinite(risks).all(1, keepdims=True), risks, 0.0)
     risk: dict[Which, NDArray[np.float64]] = {
-        "released": guarded.final.weights @ in_units(risks, guarded.units),
-        "local": risks[0],
+        "released": final_risk(job),
+        "local": job.target.local_risk(),
         "router": job.routed[0].risk,
     }
     steps = np.linspace(0, 1, PERCENTILES)
     return np.stack([np.quantile(risk[which], steps) for which in WHICH])
-
-
-def in_units(risks: NDArray[np.float64], units: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return risks (1 + S, n) in units (2, 1 + S) of those who decided; a constant becomes 0."""
-    centre, deviation = units[:, :, None]
-    return np.divide(
-        risks - centre, deviation, out=np.zeros_like(risks), where=deviation > 1e-12
-    )

@@ -159,7 +159,7 @@ class ReleasedModel:
                 risk=asked.in_units(index, view if index == 0 else of_source),
                 attention=asked.attention(index, view if index == 0 else of_source),
             )
-            for index in np.argsort(-weights, kind="stable")
+            for index in np.argsort(-weights, kind="stable").tolist()
             if weights[index] > 0
         ]
         looked = np.stack([voice.attention for voice in voices])

@@ -31,9 +31,7 @@ def by_sksurv(risk, days, event, held, at) -> tuple[float, np.ndarray]:
     )
     ends = BIN_DAYS * np.arange(1, T + 1)
     functions = model.predict_survival_function(((at - risk.mean()) / risk.std())[:, None])
-    curves = [
-        [1.0 if end < f.x[0] else f(min(end, f.x[-1])) for end in ends] for f in functions
-    ]
+    curves = [[1.0 if end < f.x[0] else f(min(end, f.x[-1])) for end in ends] for f in functions]
     return float(model.coef_[0]), np.array(curves)
 
 
