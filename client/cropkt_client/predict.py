@@ -178,7 +178,8 @@ def _patients(request: Request, source: SlideSource) -> list[PatientOutcome]:
         if len(slides) > MOST and not request.patient:
             problem = f"{len(slides)} slides were given without saying whose they are"
             raise UsageError("--slides", problem, "Give --table, or --patient if all are of one")
-        return [_patient(request.patient or slides[0], [(slide, 0) for slide in slides])]
+        name = slides[0] if len(slides) == 1 else "patient"
+        return [_patient(request.patient or name, [(slide, 0) for slide in slides])]
     table = read_table(request.table)
     key = next((name for name in _PATIENT if name in table.columns), None)
     if key is None:

@@ -22,6 +22,12 @@ _WHO = {
     "local": "this site's own expert alone",
     "router": "the study's router over all experts",
 }
+_CANDIDATES = {
+    "equal": "equal vote of itself and the others",
+    "vote": "vote of the others",
+    "stack": "experts stacked by this site's outcomes",
+    "measured": "vote weighted by measured transfer",
+}
 _FREE = {
     "OS": "alive",
     "DSS": "not dead of the disease",
@@ -125,7 +131,7 @@ def _spoke(about: About, answer: Answer) -> str:
             return f"This is {whose}: it stays with the own expert."
         return (
             f"This is {whose}: {100 * about.share:.0f} % of the way from the own expert to the "
-            f"{about.candidate} of all. The weights are the same for every patient."
+            f"{_CANDIDATES[about.candidate]}. The weights are the same for every patient."
         )
     if answer.model == "router":
         return f"This is {whose}: it chose {len(answer.voices)} experts for this patient."

@@ -16,10 +16,11 @@ from cropkt.report.canvas import FAINT, INK, axes_at, blank
 
 SHOWN = 5  # experts beside the answer; the others hold less weight
 _SIDE = 640  # pixels of a map's longer side
+_MARGIN = 2  # patches around the tissue
 _COLUMNS = 3
 _PANEL, _GAP, _TOP, _SMALLEST = 2.6, 0.18, 0.42, 1.0  # inches
 _COLOURS = "viridis"  # told apart by every eye, and in grey
-_COVER = 0.55  # of the thumbnail by the colours
+_COVER = (0.2, 0.8)  # of the thumbnail by the colours of least and most
 _CURVE = "#0072B2"
 
 Pixels = NDArray[np.float64]
@@ -34,19 +35,16 @@ def heat_map(slide: Slide, answer: Answer, thumbnail: Image.Image | None = None)
     Args:
         slide: with coordinates and patch size.
         answer: to the patient.
-        thumbnail: of the whole slide; needs the slide's size.
+        thumbnail: of the whole slide, whose size is known then.
     """
-    # A thumbnail shows the whole slide. Without one, only where tissue is.
     if slide.coords is None or slide.patch_size is None:
         raise ValueError("a slide without coordinates has no map")
-    origin, (wide, high) = (0.0, 0.0), slide.size or (0, 0)
-    if thumbnail is None or slide.size is None:
-        thumbnail, low = None, slide.coords.min(0).astype(np.float64)
-        origin = (float(low[0]), float(low[1]))
-        wide, high = (slide.coords.max(0) - low + slide.patch_size).tolist()
+    margin = _MARGIN * slide.patch_size
+    origin = slide.coords.min(0) - margin
+    wide, high = (slide.coords.max(0) + slide.patch_size + margin - origin).tolist()
     scale = _SIDE / max(wide, high)
     shape = (max(1, round(high * scale)), max(1, round(wide * scale)))
-    below = _below(thumbnail, shape)
+    below = _below(thumbnail, slide, origin, scale, shape)
     several = [("the answer", answer.attention)]
     several += [
         (f"{called(voice)}  {100 * voice.weight:.0f} %", voice.attention)
@@ -54,7 +52,7 @@ def heat_map(slide: Slide, answer: Answer, thumbnail: Image.Image | None = None)
     ]
     if len(answer.voices) == 1:
         several = several[1:]  # the answer looks where its only expert does
-    columns = min(len(several), _COLUMNS)
+    columns = min(len(several), 4 if len(several) == 4 else _COLUMNS)  # no panel alone in a row
     rows = -(-len(several) // columns)
     tall = max(_PANEL * shape[0] / shape[1], _SMALLEST)
     tall = min(tall, 2 * _PANEL)
@@ -69,7 +67,7 @@ def heat_map(slide: Slide, answer: Answer, thumbnail: Image.Image | None = None)
             tall,
         )
         ranks = percentile_ranks(slide.part(attention))
-        axes.imshow(_painted(slide, ranks, below, origin, scale), interpolation="nearest")
+        axes.imshow(_painted(slide, ranks, below, origin, scale, shape), interpolation="nearest")
         axes.set_title(title, fontsize=9, color=INK, loc="left", pad=4)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -108,35 +106,49 @@ def survival_curve(answer: Answer) -> Figure:
     return figure
 
 
-def _below(thumbnail: Image.Image | None, shape: tuple[int, int]) -> Pixels:
-    """Return what lies under the colours, (h, w, 3) from 0 to 1."""
-    if thumbnail is None:
-        return np.ones((*shape, 3))
-    resized = thumbnail.convert("RGB").resize((shape[1], shape[0]))
-    pixels: Pixels = np.asarray(resized, dtype=np.float64) / 255
+def _below(
+    thumbnail: Image.Image | None,
+    slide: Slide,
+    origin: NDArray[np.float64],
+    scale: float,
+    shape: tuple[int, int],
+) -> Pixels | None:
+    """Return what lies under the colours, (h, w, 3) from 0 to 1; None without a thumbnail."""
+    if thumbnail is None or slide.size is None:
+        return None
+    fit = np.array(thumbnail.size) / np.array(slide.size)
+    left, top = origin * fit
+    right, bottom = (origin + np.array(shape[::-1]) / scale) * fit
+    box = (left, top, right, bottom)
+    part = thumbnail.transform(shape[::-1], Image.Transform.EXTENT, box, fillcolor="white")
+    pixels: Pixels = np.asarray(part, dtype=np.float64) / 255
     return pixels
 
 
 def _painted(
     slide: Slide,
     ranks: NDArray[np.float64],
-    below: Pixels,
-    origin: tuple[float, float],
+    below: Pixels | None,
+    origin: NDArray[np.float64],
     scale: float,
+    shape: tuple[int, int],
 ) -> Pixels:
     """Return the picture (h, w, 3) with each patch in the colour of its rank."""
-    assert slide.coords is not None
-    assert slide.patch_size is not None
-    height, width = below.shape[:2]
-    shade = np.full((height, width), np.nan)
-    corners = (slide.coords - np.array(origin)) * scale
+    if slide.coords is None or slide.patch_size is None:
+        raise ValueError("a slide without coordinates has no map")
+    shade = np.full(shape, np.nan)
+    corners = (slide.coords - origin) * scale
     starts = np.floor(corners).astype(int).clip(0)
     ends = np.maximum(np.ceil(corners + slide.patch_size * scale).astype(int), starts + 1)
     for patch in np.argsort(ranks, kind="stable"):  # the most looked at lie on top
         (left, top), (right, bottom) = starts[patch], ends[patch]
         shade[top:bottom, left:right] = ranks[patch]
     seen = np.isfinite(shade)
-    colours = colormaps[_COLOURS](np.where(seen, shade, 0.0))[..., :3]
-    cover = np.where(seen, _COVER if below.min() < 1 else 1.0, 0.0)[..., None]
+    rank = np.where(seen, shade, 0.0)
+    colours = colormaps[_COLOURS](rank)[..., :3]
+    if below is None:
+        return np.where(seen[..., None], colours, 1.0)
+    least, most = _COVER
+    cover = np.where(seen, least + (most - least) * rank, 0.0)[..., None]
     painted: Pixels = colours * cover + below * (1 - cover)
     return painted

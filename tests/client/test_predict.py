@@ -124,7 +124,7 @@ def test_one_patient_of_two_slides(hospital: Site, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "out/predictions.json").read_text())
     assert told["notice"] == "Research software, not a medical device."
     assert "95 % interval over bootstrap samples" in told["interval"]
-    attention = rows(tmp_path / "out/s0/attention.csv")
+    attention = rows(tmp_path / "out/patient/attention.csv")
     assert len(attention) == 40 * (1 + len(experts))
     answer = [float(one["attention"]) for one in attention if one["expert"] == "answer"]
     assert sum(answer) == pytest.approx(1, abs=1e-4)
