@@ -88,6 +88,10 @@ class BagShapeError(DataError):
     """A slide's features lack the width that its encoder promises."""
 
 
+class SlideMismatchError(DataError):
+    """A slide was read by another encoder, or otherwise, than the slides a model learnt from."""
+
+
 class MissingSlideError(DataError):
     """A slide that the outcome table names lies under none of the given folders."""
 

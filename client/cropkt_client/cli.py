@@ -60,6 +60,7 @@ app = typer.Typer(
     cropkt-client status
     cropkt-client release list
     cropkt-client ledger show
+    cropkt-client predict --cancer UVM --slides FEATURES --out answers
     """,
 )
 app.add_typer(governance.release, name="release")
@@ -218,6 +219,68 @@ def signers(context: typer.Context, config: Config = None, as_json: AsJson = Fal
     for name, fingerprint in known.items():
         this = "  (this site)" if name == settings.site else ""
         typer.echo(f"{fingerprint}  {name}{this}")
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    cancer: Annotated[str, typer.Option(help="Whose model answers.")],
+    slides: Annotated[
+        list[Path], typer.Option(help="Slide feature file, or a folder of them; repeat.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for tables, pages and maps; stays on site.")],
+    table: Annotated[
+        Path | None, typer.Option(help="CSV of patient_id and slide_id; left out: one patient.")
+    ] = None,
+    patient: Annotated[str, typer.Option(help="Name of the one patient, without --table.")] = "",
+    model: Annotated[str, typer.Option(help="released (the guard's), local or router.")] = (
+        "released"
+    ),
+    thumbnail: Annotated[
+        Path | None, typer.Option(help="Picture of the slide, or a folder of <slide>.png.")
+    ] = None,
+    level0_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="WIDTH HEIGHT", help="Of the slide's finest level, pixels."),
+    ] = None,
+    patch_size: Annotated[
+        float | None, typer.Option(min=1, help="Of a patch, pixels of the finest level.")
+    ] = None,
+    device: Annotated[str, typer.Option(help=_DEVICES, show_default=False)] = "auto",
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer for patients with the model that was released here: risk, curve, experts, maps.
+
+    Research software, not a medical device. Nothing leaves this hospital.
+    """
+    from cropkt.errors import UsageError
+
+    with one_line("cropkt-client"):
+        if model not in ("released", "local", "router"):
+            raise UsageError("--model", f"unknown {model!r}", "Use released, local or router")
+        if not DEVICE.fullmatch(device):
+            raise UsageError("--device", f"unknown {device!r}", "Use auto, cuda[:i], cpu or mps")
+        from cropkt.cancers import cancer_of
+        from cropkt.experts.device import resolve_device
+        from cropkt_client import predict as prediction
+        from cropkt_client.site import Site
+
+        site = Site.load(config or context.obj, device=resolve_device(device))
+        request = prediction.Request(
+            cancer=cancer_of(cancer),
+            slides=tuple(slides),
+            out=out,
+            table=table,
+            patient=patient,
+            model=model,
+            patch_size=patch_size,
+            thumbnail=thumbnail,
+            level0_size=level0_size,
+        )
+        done = prediction.predict(site, request)
+        for line in [prediction.as_json(done)] if as_json else done.lines():
+            typer.echo(line)
 
 
 def _place(config: Path, site: str, cancers: Sequence[str], device: str) -> Place:

@@ -83,6 +83,7 @@ class SiteConfig:
     cancers: tuple[Cancer, ...]
     state: Path = Path("state")  # models, answers and caches of this site
     encoder: Encoder = ""  # as agreed in the study
+    magnification: Positive | None = None  # of the patches, such as 20; None: as their files say
     on_bad: Literal["raise", "skip"] = "raise"
     release: ReleasePolicy | None = None  # None: nothing leaves
     privacy: Privacy | None = None  # None: what leaves is not differentially private

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from cropkt.cancers import Cancer
 from cropkt.cohort.bags import Cohort, load_cohort
+from cropkt.cohort.facts import SlideFacts, common, facts_of
 from cropkt.cohort.features import SlideFolders
 from cropkt.cohort.outcomes import read_outcomes
 from cropkt.cohort.pack import Pack
@@ -106,6 +107,20 @@ class Site:
             dim=study.shape.dim,
             on_bad=self.config.on_bad,
             check_values=check_values,
+        )
+
+    def released(self, cancer: Cancer) -> Path:
+        """Return where the released model of a cancer lies, once there is one."""
+        return self.state / cancer / "released.safetensors"
+
+    def facts(self, cohort: Cohort) -> SlideFacts:
+        """Return how slides are made here: as `site.yaml` says, or as their files agree."""
+        slides = (slide for patient in cohort.slides for slide in patient)
+        found = common(facts_of(cohort.source, slide) for slide in slides)
+        return replace(
+            found,
+            encoder=self.config.encoder or found.encoder,
+            magnification=self.config.magnification or found.magnification,
         )
 
     def answered(self, request: Message, replies: tuple[type[Message], ...]) -> Message | None:

@@ -46,6 +46,9 @@ from cropkt.messages import (
     TransferRequest,
     Weights,
 )
+from cropkt.prediction.kept import Source
+from cropkt.prediction.making import final_risk
+from cropkt.prediction.making import release as make_released
 from cropkt.survival.metrics import Estimate, out_of_fold
 from cropkt.transfer.arms import (
     CONTROLS,
@@ -277,6 +280,20 @@ def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
         seed=study.seed,
         controls=[arm for arm in CONTROLS if arm in said],
     )
+    make_released(
+        site.released(cancer),
+        job,
+        site=site.config.site,
+        sources=[
+            Source(cancer=name, card=one.card, signature=one.signature)
+            for name, one in zip(names, signed, strict=True)
+        ],
+        parents=[
+            str(averaged) for averaged in (site.kept(f"{cancer}/experts") or {}).get("hashes", ())
+        ],
+        scores=scores,
+        facts=site.facts(cohort),
+    )
     choice: Counter[Literal["vote"] | Cancer] = Counter(
         "vote" if index is None else names[index] for index in job.zero_shot.choice
     )
@@ -324,6 +341,7 @@ def _keep_predictions(
             "patients": np.array(job.target.cohort.patient_ids),
             "folds": job.target.folds,
             "router_weights": job.routed[1],
+            "risk_final": final_risk(job),
             **{f"risk_{arm}": prediction.risk for arm, (prediction, _) in said.items()},
         },
     )

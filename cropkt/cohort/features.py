@@ -19,6 +19,8 @@ __all__ = ["SlideFolders", "write_slide_h5"]
 class SlideFolders(SlideSource):
     """All slide files (`.h5`, `.hdf5`, `.pt`, `.npy`) anywhere under the given folders.
 
+    A single file may be given in place of a folder.
+
     A file is of the slide that its name without suffix and without `.svs` says; which slide an
     id means, with UUID or without, is told in `cropkt.cohort.names`.
 
@@ -121,6 +123,9 @@ def _slide_files(folders: Sequence[Path]) -> Iterator[Path]:
     """Yield each slide file once, sorted within its folder, however folders overlap."""
     walked: set[str] = set()
     for root in folders:
+        if root.is_file() and root.suffix.lower() in SUFFIXES:
+            yield root
+            continue
         if not root.is_dir():
             raise MissingSlideError(root, "no such folder", "Correct the path")
         for folder, below, names in os.walk(root, followlinks=True):

@@ -113,7 +113,7 @@ def load_artifact(
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        header = _header(path, file, limit)
+        header = read_header(path, file, limit)
         about = header.pop("__metadata__", None)
         if not isinstance(about, dict) or set(about) != {"card", "signature"}:
             raise FileFormatError(path, "it holds no card and signature", "Ask for a signed expert")
@@ -138,28 +138,26 @@ def load_artifact(
     return Artifact(card=card, weights=weights, signature=str(about["signature"]))
 
 
-@lru_cache(maxsize=8)
-def m0_hash(study: StudyConfig) -> str:
-    """Return the fingerprint of a study's M0, the weights that every site starts from."""
-    m0 = Abmil.initial(study.shape, seed=study.seed, hazard=study.initial_hazard)
-    return hashlib.sha256(flatten(m0).numpy().astype("<f4").tobytes()).hexdigest()
+def read_header(
+    path: Path, file: BinaryIO, limit: int, *, longest: int = MAX_HEADER
+) -> dict[str, Any]:
+    """Return the header of a safetensors file that is as large as it declares.
 
+    Args:
+        path: of the file, for what is said of it.
+        file: at its start.
+        limit: bytes that the file may have.
+        longest: bytes that its header may have.
 
-def tensor_shapes(shape: ExpertShape, models: int) -> dict[str, tuple[int, ...]]:
-    """Return the names of an expert's tensors, in the order of its flat weights, and shapes."""
-    with torch.device("meta"):
-        module = Abmil(shape, models=models)
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-
-
-def _header(path: Path, file: BinaryIO, limit: int) -> dict[str, Any]:
-    """Return the header of a safetensors file that is as large as it declares."""
+    Raises:
+        FileFormatError, TooLargeError: it is none, is damaged, or is larger.
+    """
     size = os.fstat(file.fileno()).st_size
     if size > limit:
         raise TooLargeError(path, f"it has {size} bytes, at most {limit} are read")
     start = file.read(_LENGTH)
     length = int.from_bytes(start, "little")
-    if len(start) < _LENGTH or not 2 <= length <= min(MAX_HEADER, size - _LENGTH):
+    if len(start) < _LENGTH or not 2 <= length <= min(longest, size - _LENGTH):
         problem = "it is no safetensors file; pickles are never read"
         raise FileFormatError(path, problem, "Ask for the expert in safetensors")
     try:
@@ -181,6 +179,20 @@ def _header(path: Path, file: BinaryIO, limit: int) -> dict[str, Any]:
     if _LENGTH + length + max([0, *ends]) != size:
         raise FileFormatError(path, "it is not as large as it declares", "Copy it again")
     return dict(header)
+
+
+@lru_cache(maxsize=8)
+def m0_hash(study: StudyConfig) -> str:
+    """Return the fingerprint of a study's M0, the weights that every site starts from."""
+    m0 = Abmil.initial(study.shape, seed=study.seed, hazard=study.initial_hazard)
+    return hashlib.sha256(flatten(m0).numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def tensor_shapes(shape: ExpertShape, models: int) -> dict[str, tuple[int, ...]]:
+    """Return the names of an expert's tensors, in the order of its flat weights, and shapes."""
+    with torch.device("meta"):
+        module = Abmil(shape, models=models)
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 def _check_tensors(path: Path, found: dict[str, Any], wanted: dict[str, tuple[int, ...]]) -> None:

@@ -69,6 +69,8 @@ class Guarded:
     # were chosen with g.
     answers: dict[Arm, NDArray[np.float64]]
     final: Decision  # from all patients' out-of-fold risks: for patients to come
+    units: NDArray[np.float64]  # (2, 1 + S) mean and deviation of these risks, `final`'s units
+    shown: NDArray[np.float64]  # (n,) what `final` shows of each, by weights without their fold
     # (S,) C-index that `risk` loses when the source's weight is taken out of every fold's answer,
     # nothing fitted again; negative where the source hurts, 0 where no pair is comparable.
     influence: NDArray[np.float64]
@@ -97,7 +99,9 @@ def guarded(
         kept: (n,) False for patients who are answered but not learnt from; all are, if not given.
     """
     learnt = np.ones(len(folds), dtype=bool) if kept is None else kept
-    decided = [_decided(pairs, days, event, folds, known=learnt, risks=_risks(own[0], sources[0]))]
+    risks = _risks(own[0], sources[0])
+    units = risks[:, learnt] if learnt.any() else risks
+    decided = [_decided(pairs, days, event, folds, known=learnt, risks=risks)]
     for fold in range(int(folds.max()) + 1):
         mine = np.where(folds != fold, own[1 + fold], own[0])
         risks = _risks(mine, sources[1 + fold])
@@ -112,6 +116,8 @@ def guarded(
         decisions=tuple(view.decision for view in views),
         answers=answers,
         final=final.decision,
+        units=np.stack([units.mean(1), units.std(1)]),
+        shown=final.answers["auto"],
         influence=_influence(pairs.inside(folds), folds, views),
     )
 

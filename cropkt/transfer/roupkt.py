@@ -101,6 +101,25 @@ class Roupkt(Attention):
             generators: one a model, when dropout is not 0.
             dropout: rate on the router's attention gates.
         """
+        router_logits, gates, weights = self.weigh(
+            bags, config, generators=generators, dropout=dropout
+        )
+        return RouterOutput(
+            logits=self.mixed(expert_features, weights.transpose(1, 2)),
+            gates=gates,
+            weights=weights,
+            router_logits=router_logits,
+        )
+
+    def weigh(
+        self,
+        bags: PackedBags,
+        config: RouterConfig,
+        *,
+        generators: Sequence[torch.Generator] = (),
+        dropout: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, gates and weights, each (F, B, X), before any expert is asked."""
         seen, _ = self(bags, dropout=dropout, generators=generators)  # (F, B, E)
         router_logits = seen @ self.gate.transpose(1, 2) + self.prior[:, None]  # (F, B, X)
         gates = router_logits.softmax(2)
@@ -113,18 +132,27 @@ class Roupkt(Attention):
         weights = torch.zeros_like(gates).scatter(2, chosen, gates.gather(2, chosen))
         if config.renormalise:
             weights = weights / weights.sum(2, keepdim=True)
-        adapted = expert_features @ self.adapter.transpose(2, 3)  # (F, X, B, E)
-        adapted = (adapted + self.adapter_bias[:, :, None]).relu()
-        share = weights.transpose(1, 2)[..., None]  # (F, X, B, 1)
+        return router_logits, gates, weights
+
+    def mixed(
+        self, expert_features: Tensor, share: Tensor, *, experts: Sequence[int] | None = None
+    ) -> Tensor:
+        """Return hazard logits (F, B, T) of experts' features, each with its share.
+
+        Args:
+            expert_features: (F, C, B, E) of C experts.
+            share: (F, C, B).
+            experts: which C of the X these are; all by default. One that is left out has no say.
+        """
+        of = slice(None) if experts is None else list(experts)
+        adapted = expert_features @ self.adapter[:, of].transpose(2, 3)  # (F, C, B, E)
+        adapted = (adapted + self.adapter_bias[:, of, None]).relu()
+        share = share[..., None]  # (F, C, B, 1)
         if self.head.shape[1] == 1:  # one head on the mixed feature, as published
             mixed = (share * adapted).sum(1)  # (F, B, E)
-            logits = mixed @ self.head[:, 0].transpose(1, 2) + self.head_bias
-        else:
-            spoken = adapted @ self.head.transpose(2, 3) + self.head_bias[:, :, None]
-            logits = (share * spoken).sum(1)  # (F, B, T)
-        return RouterOutput(
-            logits=logits, gates=gates, weights=weights, router_logits=router_logits
-        )
+            return mixed @ self.head[:, 0].transpose(1, 2) + self.head_bias
+        spoken = adapted @ self.head[:, of].transpose(2, 3) + self.head_bias[:, of, None]
+        return (share * spoken).sum(1)
 
 
 def balance_loss(gates: Tensor, *, over: str, learns: Tensor | None = None) -> Tensor:

@@ -19,7 +19,9 @@ DIM = 6
 SECRET = "SECRETPATIENT"  # every id on this site begins with it
 
 
-def write_site(folder: Path, cancer: Cancer, *, seed: int, patients: int = 48) -> Path:
+def write_site(
+    folder: Path, cancer: Cancer, *, seed: int, patients: int = 48, **further: object
+) -> Path:
     """Write outcomes, a pack and a `site.yaml`; return the latter."""
     rng = np.random.default_rng(seed)
     activity = rng.normal(size=patients)
@@ -42,19 +44,31 @@ def write_site(folder: Path, cancer: Cancer, *, seed: int, patients: int = 48) -
         "outcomes": "outcomes.csv",
         "pack": "pack",
         "release": {"approval": "auto"},
+        **further,
     }
     path.write_text(yaml.safe_dump(config))
     return path
 
 
-@pytest.fixture
-def study() -> StudyConfig:
+@pytest.fixture(scope="session")
+def write() -> Callable[..., Path]:
+    """Return `write_site`, which gives `site.yaml` further keys too."""
+    return write_site
+
+
+@pytest.fixture(scope="session")
+def study_of_small() -> StudyConfig:
     return StudyConfig(
         folds=3,
         shape=ExpertShape(dim=DIM, embed=8, attention=4),
         training=TrainingConfig(epochs=6, minimum_updates=90, learning_rate=1e-2),
         router=RouterConfig(epochs=2, learning_rate=1e-3),
     )
+
+
+@pytest.fixture
+def study(study_of_small: StudyConfig) -> StudyConfig:
+    return study_of_small
 
 
 @pytest.fixture
