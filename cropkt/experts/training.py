@@ -24,6 +24,8 @@ from cropkt.experts.checkpoint import Checkpoint, Training
 from cropkt.experts.device import device_of, moved
 from cropkt.survival.likelihood import discrete_nll
 
+ROWS = 4096  # patches that are widened to double precision at once
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -224,10 +226,11 @@ def moments(cohort: Cohort, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (F, D) of the patches each model may learn from."""
     sums = torch.zeros(3, len(cohort), cohort.dim, dtype=torch.float64)
     for i in range(len(cohort)):
-        patches = cohort.bag(i).double()
-        sums[:, i] = torch.stack(
-            [torch.ones(cohort.dim), patches.sum(0), patches.square().sum(0)]
-        ) * torch.tensor([[len(patches)], [1], [1]])
+        for some in cohort.bag(i).split(ROWS):
+            patches = some.double()
+            sums[0, i] += len(patches)
+            sums[1, i] += patches.sum(0).cpu()
+            sums[2, i] += patches.square_().sum(0).cpu()
     count, total, squares = torch.from_numpy(plan.learns()).double() @ sums
     count = count.clamp(min=1)  # a model may learn from nobody: of two folds, both left out
     mean = total / count
