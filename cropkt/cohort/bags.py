@@ -164,6 +164,9 @@ class _Means:
     def features(self, slide_id: str) -> Tensor:
         return self._means[slide_id]
 
+    def stamp(self, slide_id: str) -> str:
+        return ""  # an object's own data, which nothing outlives
+
     def coords(self, slide_id: str) -> Tensor | None:
         return None
 

@@ -82,6 +82,12 @@ class SlideFolders(SlideSource):
         """Return (N, D) features in storage dtype, float64 narrowed to float32."""
         return features_of(self.path(slide_id))
 
+    def stamp(self, slide_id: str) -> str:
+        """Return the name, size and time of change of the file that is read."""
+        path = self.path(slide_id)
+        stat = path.stat()
+        return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+
     def coords(self, slide_id: str) -> Tensor | None:
         """Return (N, 2) int64 positions, or None if the file that is read has none."""
         return coords_of(self.path(slide_id))
