@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from cropkt.cohort.bags import PackedBags
 from cropkt.config import ExpertShape
 from cropkt.experts.device import room
+from cropkt.experts.measured import compute_type
 from cropkt.experts.pooling import (
     ALL,
     BLOCK,
+    Dropout,
     PooledAgain,
     Weights,
-    drawn,
     layer_values,
     pooled_at_once,
     pooled_in_blocks,
@@ -65,6 +66,7 @@ class Attention(nn.Module):
         self.shift: Tensor
         self.scale: Tensor
         self.plain = True  # the input is taken as it is
+        self.compute: torch.dtype | None = None  # of the products; None: as this machine is faster
 
     def standardise(self, mean: Tensor, deviation: Tensor) -> None:
         """Let the input be (x - mean) / deviation, each (F, D) or (D,)."""
@@ -93,23 +95,22 @@ class Attention(nn.Module):
             models: which of the models; all others, too, count as F.
         """
         weights = self._folded(models)
-        device, generators = weights.project.device, generators[models]
+        device, (count, attention) = weights.project.device, weights.score.shape
+        compute = self.compute or compute_type(device, self.dim, self.project.shape[1])
+        drop = Dropout(dropout, generators[models], keep)
         learning = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
         if learning:
             at_once = layer_values(weights, bags) <= room(device)
         else:
-            hidden = weights.project_bias.numel() * bags.patches.shape[0]
-            at_once = hidden <= BLOCK
-        if at_once or keep is not None:
-            if dropout and keep is None:
-                count, attention = weights.score.shape
-                keep = drawn(generators, count, len(bags.patches), attention, dropout=dropout)
-            factor = scaled(keep, dropout, device) if dropout and keep is not None else None
-            return pooled_at_once(weights, bags, factor)
+            at_once = weights.project_bias.numel() * len(bags.patches) <= BLOCK
+        if at_once:
+            kept = drop.kept(ALL, (count, len(bags.patches), attention))
+            factor = None if kept is None else scaled(kept, dropout, device)
+            return pooled_at_once(weights, bags, factor, compute)
         if learning:
-            found: tuple[Tensor, Tensor] = PooledAgain.apply(bags, dropout, generators, *weights)
+            found: tuple[Tensor, Tensor] = PooledAgain.apply(bags, drop, compute, *weights)
             return found
-        return pooled_in_blocks(weights, bags, dropout=dropout, generators=generators)
+        return pooled_in_blocks(weights, bags, drop, compute)
 
     def _folded(self, models: slice) -> Weights:
         """Return the weights of some models, the input scaling folded into the first layer."""

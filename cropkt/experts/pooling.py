@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,38 +58,61 @@ def values_of_patch(embed: int, attention: int, bags: int) -> int:
 
 
 def pooled_at_once(
-    weights: Weights, bags: PackedBags, keep: Tensor | None
+    weights: Weights, bags: PackedBags, factor: Tensor | None, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return slide features (F, B, E) and attention (F, P), all layers in memory.
 
     Args:
         weights: of the models.
         bags: packed bags.
-        keep: (F, P, A) factor of each gate, for dropout.
+        factor: (F, P, A) of each gate, for dropout.
+        compute: type of the products; sums over patches are float32.
     """
-    hidden, scores = _layers(weights, bags.patches, keep)
+    hidden, scores = _layers(weights, bags.patches, factor, compute)
     mine = bags.segment == torch.arange(bags.count, device=bags.segment.device)[:, None]
     share = scores[:, None].masked_fill(~mine, -torch.inf).softmax(2)  # (F, B, P)
     return share @ hidden, share.sum(1)
 
 
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Which gates are dropped: drawn when needed, or drawn before."""
+
+    rate: float = 0.0
+    generators: Sequence[torch.Generator] = ()  # one a model, if drawn when needed
+    keep: Tensor | None = None  # (F, P, A) bool, if drawn before
+
+    def kept(self, models: slice, shape: tuple[int, int, int]) -> Tensor | None:
+        """Return which gates of some models are kept, or None if all are."""
+        if not self.rate:
+            return None
+        if self.keep is not None:
+            return self.keep[models]
+        return drawn(self.generators[models], shape, self.rate)
+
+    def again(self) -> Dropout:
+        """Return what will draw the same as this one draws from now on."""
+        copies = [torch.Generator().set_state(g.get_state()) for g in self.generators]
+        return replace(self, generators=copies)
+
+
 def pooled_in_blocks(
-    weights: Weights, bags: PackedBags, *, dropout: float, generators: Sequence[torch.Generator]
+    weights: Weights, bags: PackedBags, dropout: Dropout, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return slide features (F, B, E) and attention (F, P), one block in memory; no gradient."""
     (models, embed, _), patches = weights.project.shape, bags.patches.shape[0]
     like = {"device": bags.segment.device, "dtype": torch.float32}
     features = torch.empty(models, bags.count, embed, **like)
     attention = torch.empty(models, patches, **like)
-    for some, keep in _model_blocks(weights, bags, dropout, generators):
+    for some, keep in _model_blocks(weights, bags, dropout):
         mine, count = weights.of(some), some.stop - some.start
         peak = torch.full((count, bags.count), -torch.inf, **like)
         total = torch.zeros(count, bags.count, **like)
         summed = torch.zeros(count, bags.count, embed, **like)
         scores = attention[some]
         for rows in _patch_blocks(mine, patches):
-            factor = _factor(keep, rows, dropout, scores.device)
-            hidden, scores[:, rows] = _layers(mine, bags.patches[rows], factor)
+            factor = _factor(keep, rows, dropout.rate, scores.device)
+            hidden, scores[:, rows] = _layers(mine, bags.patches[rows], factor, compute)
             segment = bags.segment[rows]
             first, last = max(0, int(segment.min())), int(segment.max()) + 1
             here = segment == torch.arange(first, last, device=segment.device)[:, None]
@@ -113,18 +137,11 @@ class PooledAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        bags: PackedBags,
-        dropout: float,
-        generators: Sequence[torch.Generator],
-        *weights: Tensor,
+        ctx: Any, bags: PackedBags, dropout: Dropout, compute: torch.dtype, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return slide features (F, B, E) and attention (F, P)."""
-        ctx.bags, ctx.dropout = bags, dropout
-        ctx.states = [generator.get_state() for generator in generators]
-        features, attention = pooled_in_blocks(
-            Weights(*weights), bags, dropout=dropout, generators=generators
-        )
+        ctx.bags, ctx.dropout, ctx.compute = bags, dropout.again(), compute
+        features, attention = pooled_in_blocks(Weights(*weights), bags, dropout, compute)
         ctx.save_for_backward(features, attention, *weights)
         return features, attention
 
@@ -137,14 +154,13 @@ class PooledAgain(torch.autograd.Function):
         # d score = attention x (what this patch would add - what its bag has on average)
         level = (of_features * features).sum(2)  # (F, B)
         level.index_add_(1, of_bag, of_attention * attention)
-        again = [torch.Generator().set_state(state) for state in ctx.states]
         gradients = [torch.zeros_like(weight) for weight in weights]
-        for some, keep in _model_blocks(weights, bags, ctx.dropout, again):
+        for some, keep in _model_blocks(weights, bags, ctx.dropout):
             mine = Weights(*(weight[some].detach().requires_grad_() for weight in weights))
             for rows in _patch_blocks(mine, bags.patches.shape[0], backward=True):
-                factor = _factor(keep, rows, ctx.dropout, attention.device)
+                factor = _factor(keep, rows, ctx.dropout.rate, attention.device)
                 with torch.enable_grad():
-                    hidden, scores = _layers(mine, bags.patches[rows], factor)
+                    hidden, scores = _layers(mine, bags.patches[rows], factor, ctx.compute)
                 share, here = attention[some, rows], of_bag[rows]
                 of_hidden = of_features[some][:, here]  # (f, C, E)
                 gain = (of_hidden * hidden.detach()).sum(2) + of_attention[some, rows]
@@ -155,7 +171,9 @@ class PooledAgain(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def drawn(generators: Sequence[torch.Generator], *shape: int, dropout: float) -> Tensor:
+def drawn(
+    generators: Sequence[torch.Generator], shape: tuple[int, int, int], dropout: float
+) -> Tensor:
     """Return which gates of `shape` (F, P, A) dropout keeps; model f draws from its own generator.
 
     Drawn on the CPU: a seed means the same on every device.
@@ -171,12 +189,16 @@ def scaled(keep: Tensor, dropout: float, device: torch.device) -> Tensor:
     return keep.to(device).float() / (1 - dropout)
 
 
-def _layers(weights: Weights, patches: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def _layers(
+    weights: Weights, patches: Tensor, factor: Tensor | None, compute: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return hidden layer (F, C, E) and attention scores (F, C) of patches (C, D)."""
     models, embed, dim = weights.project.shape
-    patches = patches.to(weights.project.dtype)
+    weights = Weights(*(weight.to(compute) for weight in weights))
     wide = torch.addmm(
-        weights.project_bias.reshape(-1), patches, weights.project.reshape(-1, dim).t()
+        weights.project_bias.reshape(-1),
+        patches.to(compute),
+        weights.project.reshape(-1, dim).t(),
     )
     hidden = wide.relu_().view(-1, models, embed).transpose(0, 1)  # (F, C, E)
     by_tanh = (hidden @ weights.gate_tanh.transpose(1, 2)).add_(weights.gate_tanh_bias[:, None])
@@ -184,27 +206,23 @@ def _layers(weights: Weights, patches: Tensor, keep: Tensor | None) -> tuple[Ten
         weights.gate_sigmoid_bias[:, None]
     )
     gates = by_tanh.tanh_() * by_sigmoid.sigmoid_()  # (F, C, A)
-    if keep is not None:
-        gates = gates * keep
+    if factor is not None:
+        gates = gates * factor
     scores = (gates.float() @ weights.score.float()[:, :, None]).squeeze(2)
     return hidden.float(), scores + weights.score_bias.float()
 
 
 def _model_blocks(
-    weights: Weights, bags: PackedBags, dropout: float, generators: Sequence[torch.Generator]
+    weights: Weights, bags: PackedBags, dropout: Dropout
 ) -> Iterator[tuple[slice, Tensor | None]]:
     """Yield models that are computed together, and which of their gates are kept."""
     (models, attention), patches = weights.score.shape, bags.patches.shape[0]
     count = min(models, WIDE)
-    if dropout:
+    if dropout.rate and dropout.keep is None:
         count = max(1, min(count, MASKS // (patches * attention)))
     for start in range(0, models, count):
         some = slice(start, min(start + count, models))
-        keep = None
-        if dropout:
-            shape = some.stop - start, patches, attention
-            keep = drawn(generators[some], *shape, dropout=dropout)
-        yield some, keep
+        yield some, dropout.kept(some, (some.stop - start, patches, attention))
 
 
 def _patch_blocks(weights: Weights, patches: int, *, backward: bool = False) -> Iterator[slice]:

@@ -141,7 +141,7 @@ def test_dropout_of_a_model_depends_on_no_other() -> None:
 
 
 def test_dropout_keeps_the_mean_and_nought_needs_no_generator() -> None:
-    keep = drawn(generators(0), 1, 200, 200, dropout=0.25)
+    keep = drawn(generators(0), (1, 200, 200), 0.25)
     mask = scaled(keep, 0.25, keep.device)
     assert mask.unique().tolist() == pytest.approx([0, 4 / 3])
     assert mask.mean().item() == pytest.approx(1, abs=0.02)

@@ -58,7 +58,7 @@ def test_blocks_equal_everything_at_once(sizes, models, block, spread) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pooling, "BLOCK", block)
         features, attention = pooling.pooled_in_blocks(
-            module._folded(pooling.ALL), bags, dropout=0.0, generators=()
+            module._folded(pooling.ALL), bags, pooling.Dropout(), torch.float32
         )
     assert torch.allclose(features, whole.features, rtol=1e-5, atol=1e-5 * spread)
     assert torch.allclose(attention, whole.attention, rtol=1e-4, atol=1e-6)
