@@ -18,6 +18,7 @@ import torch
 import cropkt
 from cropkt.cancers import Cancer
 from cropkt.cohort.bags import Cohort
+from cropkt.cohort.feed import settled
 from cropkt.cohort.splits import hospital_folds, stratified_folds
 from cropkt.config import ExpertShape, StudyConfig
 from cropkt.errors import MessageError
@@ -334,8 +335,8 @@ def _keep_predictions(
 
 
 def _patients(site: Site, cancer: Cancer, study: StudyConfig) -> tuple[Cohort, Plan]:
-    """Return a cohort and its folds, the same at every call."""
-    cohort, _ = site.cohort(cancer, study)
+    """Return a cohort and its folds, the same at every call; patches stay where there is room."""
+    cohort, _ = settled(site.cohort(cancer, study)[0], site.device)
     if study.split == "hospital":
         folds = hospital_folds(
             cohort.hospital, cohort.event, cohort.time_bins, folds=study.folds, seed=study.seed

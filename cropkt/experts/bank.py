@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cropkt.cohort.bags import Cohort
+from cropkt.cohort.feed import packed
 from cropkt.experts.abmil import Abmil
 from cropkt.experts.device import device_of, moved
 from cropkt.survival.likelihood import risk
@@ -54,8 +55,9 @@ def consult_in(experts: Abmil, cohort: Cohort, units: Sequence[Units | None]) ->
     width = experts.models * experts.shape.embed
     device = device_of(experts)
     found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in units]
-    for group in groups(cohort, patches=max(1, MAX_HIDDEN // width)):
-        bags = moved(cohort.pack(group), device)
+    some = list(groups(cohort, patches=max(1, MAX_HIDDEN // width)))
+    for _, read in packed(cohort, some):
+        bags = moved(read, device)
         for unit, (risks, features) in zip(units, found, strict=True):
             if unit is not None:
                 experts.standardise(*unit)
