@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cropkt.cohort.bags import Cohort, PackedBags
+from cropkt.cohort.features import SlideFolders
 from cropkt.cohort.source import SlideSource
 
 AHEAD = 512 << 20  # bytes of a group up to which the next one is read while it is worked on
@@ -61,13 +63,21 @@ def settled(cohort: Cohort, device: torch.device) -> tuple[Cohort, Place]:
         cohort: of slides on disk.
         device: where it will be computed on.
     """
-    first = cohort.slides[0][0]
-    each = cohort.source.features(first).element_size() * cohort.dim
+    first, started = cohort.slides[0][0], time.perf_counter()
+    read = cohort.source.features(first)
+    seconds = time.perf_counter() - started
+    each = read.element_size() * cohort.dim
     size = each * sum(cohort.patches(i) for i in range(len(cohort)))
     place = place_of(size, device)
     where = {"device": str(device), "host": "memory", "streamed": "the disk"}[place]
     again = ", and are read again in each pass" if place == "streamed" else ""
     log.info("%s: %.2f GB of features stay on %s%s", cohort.cancer, size / 1e9, where, again)
+    if isinstance(cohort.source, SlideFolders) and cohort.source.compressed(first):
+        log.info(
+            "%s: the slides are compressed, which takes about %.1f s of each reading; a pack "
+            "(cropkt-client pack, or cropkt-sim pack) takes %.2f GB of disk and no such time",
+            *(cohort.cancer, seconds * size / read.nbytes, size / 1e9),
+        )
     if place == "streamed":
         return cohort, place
     target = device if place == "device" else torch.device("cpu")
