@@ -59,7 +59,8 @@ def describe() -> str:
     load = os.getloadavg()[0]
     return (
         f"{os.cpu_count()} cores of {model} ({', '.join(kinds)}), "
-        f"{torch.get_num_threads()} thread, load average {load:.1f}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+        f"{torch.get_num_threads()} thread, load average {load:.1f}, "
+        f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     )
 
 

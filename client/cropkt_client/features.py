@@ -109,7 +109,7 @@ class SlideFeatures:
         return {patient: found[patient] for patient in patients if patient in found}
 
     def _write(self, name: str, rows: dict[str, Row]) -> None:
-        contents: dict[str, NDArray[Any]] = {
+        contents: dict[str, Any] = {
             "patients": np.array(list(rows)),
             "features": np.stack([row.feature for row in rows.values()]),
             "risk": np.array([row.risk for row in rows.values()]),

@@ -13,7 +13,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log, prod
 
@@ -108,8 +108,8 @@ class Attention(nn.Module):
             factor = None if kept is None else scaled(kept, dropout, device)
             return pooled_at_once(weights, bags, factor, compute)
         if learning:
-            found: tuple[Tensor, Tensor] = PooledAgain.apply(bags, drop, compute, *weights)
-            return found
+            apply: Callable[..., tuple[Tensor, Tensor]] = PooledAgain.apply
+            return apply(bags, drop, compute, *weights)
         return pooled_in_blocks(weights, bags, drop, compute)
 
     def _folded(self, models: slice) -> Weights:
@@ -188,9 +188,9 @@ class Abmil(Attention):
 
     def predict(self, features: Tensor, *, models: slice = ALL) -> Tensor:
         """Return hazard logits (F, B, T) of slide features (F, B, E)."""
-        head, bias = self.head, self.head_bias
-        if models != ALL:
-            head, bias = head[models], bias[models]
+        if models == ALL:
+            return features @ self.head.transpose(1, 2) + self.head_bias[:, None]
+        head, bias = self.head[models], self.head_bias[models]
         return features @ head.transpose(1, 2) + bias[:, None]
 
 

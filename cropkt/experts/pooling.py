@@ -101,14 +101,14 @@ def pooled_in_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Return slide features (F, B, E) and attention (F, P), one block in memory; no gradient."""
     (models, embed, _), patches = weights.project.shape, bags.patches.shape[0]
-    like = {"device": bags.segment.device, "dtype": torch.float32}
-    features = torch.empty(models, bags.count, embed, **like)
-    attention = torch.empty(models, patches, **like)
+    device = bags.segment.device
+    features = torch.empty(models, bags.count, embed, device=device)
+    attention = torch.empty(models, patches, device=device)
     for some, keep in _model_blocks(weights, bags, dropout):
         mine, count = weights.of(some), some.stop - some.start
-        peak = torch.full((count, bags.count), -torch.inf, **like)
-        total = torch.zeros(count, bags.count, **like)
-        summed = torch.zeros(count, bags.count, embed, **like)
+        peak = torch.full((count, bags.count), -torch.inf, device=device)
+        total = torch.zeros(count, bags.count, device=device)
+        summed = torch.zeros(count, bags.count, embed, device=device)
         scores = attention[some]
         for rows in _patch_blocks(mine, patches):
             factor = _factor(keep, rows, dropout.rate, scores.device)
@@ -146,7 +146,7 @@ class PooledAgain(torch.autograd.Function):
         return features, attention
 
     @staticmethod
-    def backward(ctx: Any, of_features: Tensor, of_attention: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, of_features: Tensor, of_attention: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the weights; bags and dropout have none."""
         features, attention, *saved = ctx.saved_tensors
         bags, weights = ctx.bags, Weights(*saved)
@@ -167,7 +167,8 @@ class PooledAgain(torch.autograd.Function):
                 of_scores = share * (gain - level[some][:, here])
                 torch.autograd.backward([hidden, scores], [of_hidden * share[..., None], of_scores])
             for gradient, weight in zip(gradients, mine, strict=True):
-                gradient[some] = weight.grad
+                if weight.grad is not None:
+                    gradient[some] = weight.grad
         return None, None, None, *gradients
 
 

@@ -260,7 +260,7 @@ def moments(cohort: Cohort, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (F, D) of the patches each model may learn from."""
     sums = torch.zeros(3, len(cohort), cohort.dim, dtype=torch.float64)
     for i in range(len(cohort)):
-        for some in cohort.bag(i).split(ROWS):
+        for some in torch.split(cohort.bag(i), ROWS):
             patches = some.double()
             sums[0, i] += len(patches)
             sums[1, i] += patches.sum(0).cpu()

@@ -172,11 +172,11 @@ from cropkt.config import ExpertShape, TrainingConfig
 from cropkt.experts.abmil import Abmil
 from cropkt.experts.training import Plan, train_experts
 
-class Slides:
+class Slides:  # one bag of 10,000 patches: a part holds no more
     def shape(self, slide_id):
-        return 10_000, 1536
+        return 10_000 if slide_id == "3" else 500, 1536
     def features(self, slide_id):
-        return torch.ones(10_000, 1536, dtype=torch.half)
+        return torch.ones(self.shape(slide_id), dtype=torch.half)
 
 n = 5
 cohort = Cohort(
@@ -199,5 +199,6 @@ stop()
 def test_training_on_large_bags_stays_small(peak_of, plan) -> None:
     assert pooling.values_of_patch(16, 576, 16) > pooling.values_of_patch(512, 384, 16)
     weights = 16 * 4 * 1_200_000 * 5  # 16 published models: weights, gradients, AdamW, slack
-    more_bags = 2 * (16 - 5) * 10_000 * 1536 * 2  # 16 bags an update, one update read ahead
-    assert peak_of(TRAINING.format(plan=plan)) + weights + more_bags < 4 * GIB
+    more_bags = 2 * 15 * 10_000 * 1536 * 2  # 16 bags an update, one update read ahead
+    drawing = 4 * 16 * 10_000 * 384  # of one model's dropout
+    assert peak_of(TRAINING.format(plan=plan)) + weights + more_bags + drawing < 4 * GIB
