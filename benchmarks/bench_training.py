@@ -42,6 +42,10 @@ class Memory(SlideSource):
         """Return the patches."""
         return self.bags[slide_id]
 
+    def stamp(self, slide_id: str) -> str:
+        """Return nothing: they never change."""
+        return ""
+
     def coords(self, slide_id: str) -> None:
         """There are none."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from cropkt.messages import (
     pack,
     save,
 )
+from cropkt_client.features import SlideFeatures
 from cropkt_client.settings import SiteConfig, read_settings
 
 _CPU = torch.device("cpu")
@@ -77,6 +78,11 @@ class Site:
     def state(self) -> Path:
         """Folder of all that this site remembers."""
         return self.folder / self.config.state
+
+    @property
+    def features(self) -> SlideFeatures:
+        """What frozen experts made of its patients; stays here."""
+        return SlideFeatures(self.state / "features")
 
     def source(self) -> SlideSource:
         """Return where the slides lie."""
@@ -169,16 +175,6 @@ class Site:
             return None
         with np.load(path, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
-
-    def remembered(
-        self, name: str, make: Callable[[], dict[str, NDArray[Any]]]
-    ) -> dict[str, NDArray[Any]]:
-        """Return the arrays kept under `name`, making and keeping them the first time."""
-        found = self.kept(name)
-        if found is None:
-            found = make()
-            self.keep(name, found)
-        return found
 
     def digest(self, request: Message) -> str:
         """Return a SHA-256 of all that a request asks."""

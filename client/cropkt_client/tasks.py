@@ -5,7 +5,6 @@ Nothing here knows Flower. A reply holds weights and aggregate numbers only.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
 import time
@@ -15,15 +14,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import cropkt
 from cropkt.cancers import Cancer
 from cropkt.cohort.bags import Cohort
+from cropkt.cohort.feed import settled
 from cropkt.config import ExpertShape, StudyConfig
 from cropkt.errors import MessageError
 from cropkt.experts.abmil import Abmil, flatten, parameter_count
-from cropkt.experts.bank import Opinions
 from cropkt.experts.training import Plan, standardise_for, train_experts
 from cropkt.messages import (
     Arm,
@@ -140,7 +138,7 @@ def fit_expert(request: ExpertRequest, site: Site) -> ExpertReply:
     leaving = weights[sent] if private is None else private.train()
     score, told = Score(), None
     if private is None:
-        target = Target.of(cohort, plan, experts)
+        target = Target.of(cohort, plan, experts, ask=site.features.ask)
         score, told = _score(target.local_score()), audited(target, site)
     return ExpertReply(
         task=request.task,
@@ -168,10 +166,12 @@ def score_sources(request: TransferRequest, site: Site) -> TransferReply:
     if site.config.privacy is not None:
         return withheld(request, _patients(site, request.cancer, request.study)[0])
     target = _target(site, request.cancer, request.study)
-    opinions = _opinions(site, target, request.weights, request.study)
+    shape = request.study.shape
+    sources = _experts(site, shape, request.weights, models=len(request.weights))
+    opinions = target.consult(sources, request.study)
     whole, *folds = target.source_scores(opinions)
     control = untrained(request.study, UNTRAINED).to(site.device)
-    leads = target.leads_over(opinions[0], target.consult(control, request.study)[0])
+    leads = target.leads_over(opinions[0], target.consult_whole(control, request.study))
     return TransferReply(
         task=request.task,
         cancer=request.cancer,
@@ -202,7 +202,9 @@ def fit_router(request: RouterRequest, site: Site) -> RouterReply:
     target = _target(
         site, request.cancer, request.study, own=request.own, signed=request.own_signed
     )
-    stack = _routers(site, target, request.weights, request.study)
+    sources = _experts(site, request.study.shape, request.weights, models=len(request.weights))
+    opinions = target.consult(sources, request.study)
+    stack = RouterStack(target, sources, opinions, request.study)
     if request.routers is not None:
         stack.load(_checked(request.routers, stack.module, models=target.views))
     stack.train(checkpoint=site.checkpoint(request, target.cohort))
@@ -249,22 +251,24 @@ def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
     """Judge every arm out of fold."""
     started = time.monotonic()
     study, cancer = request.study, request.cancer
-    sources, routers = site.kept(f"{cancer}/sources"), site.kept(f"{cancer}/routers")
-    if sources is None or routers is None:
+    bank, routers = site.kept(f"{cancer}/sources"), site.kept(f"{cancer}/routers")
+    if bank is None or routers is None:
         raise MessageError("ReleaseRequest", f"{cancer} has no router here yet")
-    names = [Cancer(name) for name in sources["names"]]
-    both = zip(sources["cards"], sources["signatures"], strict=True)
+    names = [Cancer(name) for name in bank["names"]]
+    both = zip(bank["cards"], bank["signatures"], strict=True)
     signed = [Signed(card=str(card), signature=str(signature)) for card, signature in both]
-    accept_models(site, study, names, sources["weights"], signed)  # one may be revoked since
+    accept_models(site, study, names, bank["weights"], signed)  # one may be revoked since
     target = _target(site, cancer, study)
-    stack = _routers(site, target, sources["weights"], study)
+    sources = _experts(site, study.shape, bank["weights"], models=len(names))
+    opinions = target.consult(sources, study)
+    stack = RouterStack(target, sources, opinions, study)
     learnt = routers["weights"] if request.routers is None else request.routers
     stack.load(_checked(learnt, stack.module, models=target.views))
     job = Job(
         target=target,
         study=study,
-        sources=_experts(site, study.shape, sources["weights"], models=len(names)),
-        opinions=_opinions(site, target, sources["weights"], study),
+        sources=sources,
+        opinions=opinions,
         router=stack,
         everyone=_everyone(request, study),
         before=_before(site, cancer, study),
@@ -348,8 +352,8 @@ def _keep_predictions(
 
 
 def _patients(site: Site, cancer: Cancer, study: StudyConfig) -> tuple[Cohort, Plan]:
-    """Return a cohort and its folds, the same at every call."""
-    cohort, _ = site.cohort(cancer, study)
+    """Return a cohort and its folds, the same at every call; patches stay where there is room."""
+    cohort, _ = settled(site.cohort(cancer, study)[0], site.device)
     return cohort, Plan.cross_fitted(folds_of(cohort, study))
 
 
@@ -373,35 +377,8 @@ def _target(
     for averaged in kept.get("hashes", ()):
         Trust(site.config, site.state).refuse_revoked(f"average of {cancer}", str(averaged))
     experts = _experts(site, study.shape, kept["weights"], models=len(plan.excluded))
-    return Target.of(cohort, plan, standardise_for(experts, cohort, plan, study.training))
-
-
-def _routers(site: Site, target: Target, weights: Weights, study: StudyConfig) -> RouterStack:
-    sources = _experts(site, study.shape, weights, models=len(weights))
-    return RouterStack(target, sources, _opinions(site, target, weights, study), study)
-
-
-def _opinions(site: Site, target: Target, weights: Weights, study: StudyConfig) -> list[Opinions]:
-    """Return what the sources say per view; computed once for the same sources and patients."""
-    digest = hashlib.sha256(weights.tobytes())
-    digest.update(study.hash().encode())
-    digest.update("\n".join(target.cohort.patient_ids).encode())
-
-    def ask() -> dict[str, NDArray[np.float64] | NDArray[np.float32]]:
-        sources = _experts(site, study.shape, weights, models=len(weights))
-        views = target.consult(sources, study)
-        distinct = views[:1] if views[0] is views[-1] else views
-        return {
-            "risk": np.stack([view.risk for view in distinct]),
-            "features": np.stack([view.features.numpy() for view in distinct]),
-        }
-
-    kept = site.remembered(f"{target.cohort.cancer}/opinions-{digest.hexdigest()[:16]}", ask)
-    views = [
-        Opinions(risk=risk, features=torch.from_numpy(features))
-        for risk, features in zip(kept["risk"], kept["features"], strict=True)
-    ]
-    return views if len(views) > 1 else views * target.views
+    standardise_for(experts, cohort, plan, study.training)
+    return Target.of(cohort, plan, experts, ask=site.features.ask)
 
 
 def _start(site: Site, study: StudyConfig, weights: Weights | None, *, models: int) -> Abmil:

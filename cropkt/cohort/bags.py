@@ -23,6 +23,8 @@ from cropkt.cohort.splits import comparable_pairs
 from cropkt.errors import BagShapeError, CohortError, MissingSlideError, NotEstimableError
 from cropkt.survival.bins import time_bins
 
+LARGE = 1 << 22  # values from which on slides are not held twice to be joined
+
 __all__ = ["Cohort", "PackedBags", "SlideSource", "load_cohort", "mean_pooled"]
 
 UNNAMED = "no slide's name begins with their id"
@@ -116,7 +118,10 @@ class Cohort:
 
     def pack(self, indices: Sequence[int] | NDArray[np.integer]) -> PackedBags:
         """Return the bags of these patients, in this order, as one matrix."""
-        return PackedBags.joined([self._pieces(int(index)) for index in indices])
+        total = sum(self.patches(int(index)) for index in indices)
+        if total * self.dim < LARGE:
+            return PackedBags.joined([self._pieces(int(index)) for index in indices])
+        return self._filled([int(index) for index in indices], total)
 
     def subset(self, indices: Sequence[int] | NDArray[np.integer] | NDArray[np.bool_]) -> Cohort:
         """Return these patients only, in this order. A boolean mask (n,) works too."""
@@ -137,16 +142,44 @@ class Cohort:
             slides=tuple(self.slides[i] for i in chosen),
         )
 
+    def _filled(self, indices: Sequence[int], total: int) -> PackedBags:
+        """Return the bags as one matrix, with one slide at a time in memory beside it."""
+        patches: Tensor | None = None
+        lengths, end = [], 0
+        for index in indices:
+            start = end
+            for slide_id in self.slides[index]:
+                (piece,) = self._checked([self.source.features(slide_id)])
+                if patches is None:
+                    patches = piece.new_empty(total, self.dim)
+                elif piece.dtype != patches.dtype:
+                    wider = torch.promote_types(piece.dtype, patches.dtype)
+                    patches = patches.to(wider)
+                if end + len(piece) > total:
+                    raise self._changed(piece)
+                patches[end : end + len(piece)] = piece
+                end += len(piece)
+            lengths.append(end - start)
+        if patches is None or end != total or 0 in lengths:
+            raise self._changed(torch.empty(0, self.dim))
+        segment = torch.repeat_interleave(torch.arange(len(indices)), torch.tensor(lengths))
+        return PackedBags(patches=patches, segment=segment.to(patches.device), count=len(indices))
+
     def _pieces(self, index: int) -> list[Tensor]:
-        pieces = [self.source.features(slide_id) for slide_id in self.slides[index]]
+        return self._checked([self.source.features(slide_id) for slide_id in self.slides[index]])
+
+    def _checked(self, pieces: list[Tensor]) -> list[Tensor]:
         for piece in pieces:
             if piece.ndim != 2 or piece.shape[1] != self.dim:
-                raise BagShapeError(
-                    "cohort",
-                    f"a slide has shape {tuple(piece.shape)}, expected (patches, {self.dim})",
-                    "Its file changed since the cohort was loaded: load it again",
-                )
+                raise self._changed(piece)
         return pieces
+
+    def _changed(self, piece: Tensor) -> BagShapeError:
+        return BagShapeError(
+            "cohort",
+            f"a slide has shape {tuple(piece.shape)}, expected (patches, {self.dim})",
+            "Its file changed since the cohort was loaded: load it again",
+        )
 
 
 class _Means:
@@ -166,6 +199,9 @@ class _Means:
 
     def features(self, slide_id: str) -> Tensor:
         return self._means[slide_id]
+
+    def stamp(self, slide_id: str) -> str:
+        return ""  # an object's own data, which nothing outlives
 
     def coords(self, slide_id: str) -> Tensor | None:
         return None

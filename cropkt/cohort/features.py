@@ -8,7 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cropkt.cohort.formats import SUFFIXES, coords_of, features_of, shape_of, write_slide_h5
+from cropkt.cohort.formats import (
+    SUFFIXES,
+    coords_of,
+    features_of,
+    shape_of,
+    storage_of,
+    write_slide_h5,
+)
 from cropkt.cohort.names import SlideNames, bare_name
 from cropkt.cohort.source import SlideSource
 from cropkt.errors import BagShapeError, MissingSlideError, SlideFileError
@@ -83,6 +90,20 @@ class SlideFolders(SlideSource):
     def features(self, slide_id: str) -> Tensor:
         """Return (N, D) features in storage dtype, float64 narrowed to float32."""
         return features_of(self.path(slide_id))
+
+    def dtype(self, slide_id: str) -> str:
+        """Return float16 or float32, as features are read, from the header alone."""
+        return storage_of(self.path(slide_id))[0]
+
+    def compressed(self, slide_id: str) -> bool:
+        """Return whether each reading has to decompress the file."""
+        return storage_of(self.path(slide_id))[1]
+
+    def stamp(self, slide_id: str) -> str:
+        """Return the name, size and time of change of the file that is read."""
+        path = self.path(slide_id)
+        stat = path.stat()
+        return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
 
     def coords(self, slide_id: str) -> Tensor | None:
         """Return (N, 2) int64 positions, or None if the file that is read has none."""

@@ -41,6 +41,18 @@ def shape_of(path: Path) -> tuple[int, int]:
         return _shape(features, path)
 
 
+def storage_of(path: Path) -> tuple[str, bool]:
+    """Return the float type that features are read as, and whether they are compressed.
+
+    Raises as `shape_of`.
+    """
+    with _opened(path) as (features, _):
+        _shape(features, path)
+        kind = str(features.dtype).removeprefix("torch.").lstrip("<>=")
+        half = kind in ("float16", "f2")
+        return "float16" if half else "float32", bool(getattr(features, "compression", None))
+
+
 def features_of(path: Path) -> Tensor:
     """Return (N, D) features, float16 or float32; raises as `shape_of`."""
     with _opened(path) as (features, _):

@@ -113,6 +113,10 @@ class Pack(SlideSource):
         first, patches, _ = self._find(slide_id)
         return torch.from_numpy(self._patches.read(first, patches))
 
+    def stamp(self, slide_id: str) -> str:
+        """Return the checksum of the slide's patches."""
+        return self._find(slide_id)[2]
+
     def coords(self, slide_id: str) -> Tensor | None:
         """Return (N, 2) int64 positions, or None if the pack holds none."""
         first, patches, _ = self._find(slide_id)

@@ -28,6 +28,10 @@ class SlideSource(Protocol):
         """Return (N, D) features, float16 or float32 as stored."""
         ...
 
+    def stamp(self, slide_id: str) -> str:
+        """Return what changes when the slide's features do, found without reading them."""
+        ...
+
     def coords(self, slide_id: str) -> Tensor | None:
         """Return (N, 2) int64 patch positions in pixels, or None if they were not kept."""
         ...

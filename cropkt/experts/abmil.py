@@ -13,7 +13,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log, prod
 
@@ -22,6 +22,19 @@ from torch import Tensor, nn
 
 from cropkt.cohort.bags import PackedBags
 from cropkt.config import ExpertShape
+from cropkt.experts.device import room
+from cropkt.experts.measured import compute_type
+from cropkt.experts.pooling import (
+    ALL,
+    BLOCK,
+    Dropout,
+    PooledAgain,
+    Weights,
+    layer_values,
+    pooled_at_once,
+    pooled_in_blocks,
+    scaled,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,40 +65,70 @@ class Attention(nn.Module):
         self.register_buffer("scale", torch.ones(models, dim), persistent=False)
         self.shift: Tensor
         self.scale: Tensor
+        self.plain = True  # the input is taken as it is
+        self.compute: torch.dtype | None = None  # of the products; None: as this machine is faster
 
     def standardise(self, mean: Tensor, deviation: Tensor) -> None:
         """Let the input be (x - mean) / deviation, each (F, D) or (D,)."""
         self.shift.copy_(mean)
         self.scale.copy_(1 / deviation)
+        self.plain = bool((self.shift == 0).all() and (self.scale == 1).all())
 
     def forward(
-        self, bags: PackedBags, *, dropout: float = 0.0, generators: Sequence[torch.Generator] = ()
+        self,
+        bags: PackedBags,
+        *,
+        dropout: float = 0.0,
+        generators: Sequence[torch.Generator] = (),
+        keep: Tensor | None = None,
+        models: slice = ALL,
     ) -> tuple[Tensor, Tensor]:
         """Return slide features (F, B, E) and attention (F, P).
+
+        Layers that would not fit in memory are computed block by block, with the same result.
 
         Args:
             bags: packed bags of width D, in any floating dtype.
             dropout: rate on both gates.
             generators: one a model when `dropout` is not 0: a model's dropout depends on no other.
+            keep: (F, P, A) which gates dropout keeps, if that was drawn before.
+            models: which of the models; all others, too, count as F.
         """
-        models, embed = self.project_bias.shape
-        # The input scaling is folded into the first layer: one wide product for all models.
-        weight = self.project * self.scale[:, None, :]  # (F, E, D)
-        bias = self.project_bias - (weight @ self.shift[:, :, None]).squeeze(2)  # (F, E)
-        patches = bags.patches.to(weight.dtype)
-        hidden = torch.addmm(bias.reshape(-1), patches, weight.reshape(-1, self.dim).t()).relu()
-        hidden = hidden.view(-1, models, embed).transpose(0, 1)  # (F, P, E)
-        gate_tanh = (hidden @ self.gate_tanh.transpose(1, 2) + self.gate_tanh_bias[:, None]).tanh()
-        gate_sigmoid = (
-            hidden @ self.gate_sigmoid.transpose(1, 2) + self.gate_sigmoid_bias[:, None]
-        ).sigmoid()
-        gates = gate_tanh * gate_sigmoid  # (F, P, A)
-        if dropout:
-            gates = gates * _keep(gates, dropout, generators)
-        scores = (gates @ self.score[:, :, None]).squeeze(2) + self.score_bias  # (F, P)
-        mine = bags.segment == torch.arange(bags.count, device=bags.segment.device)[:, None]
-        weights = scores[:, None].masked_fill(~mine, -torch.inf).softmax(2)  # (F, B, P)
-        return weights @ hidden, weights.sum(1)
+        weights = self._folded(models)
+        device, (count, attention) = weights.project.device, weights.score.shape
+        compute = self.compute or compute_type(device, self.dim, self.project.shape[1])
+        drop = Dropout(dropout, generators[models], keep)
+        learning = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        if learning:
+            at_once = layer_values(weights, bags) <= room(device)
+        else:
+            at_once = weights.project_bias.numel() * len(bags.patches) <= BLOCK
+        if at_once:
+            kept = drop.kept(ALL, (count, len(bags.patches), attention))
+            factor = None if kept is None else scaled(kept, dropout, device)
+            return pooled_at_once(weights, bags, factor, compute)
+        if learning:
+            apply: Callable[..., tuple[Tensor, Tensor]] = PooledAgain.apply
+            return apply(bags, drop, compute, *weights)
+        return pooled_in_blocks(weights, bags, drop, compute)
+
+    def _folded(self, models: slice) -> Weights:
+        """Return the weights of some models, the input scaling folded into the first layer."""
+        weights = Weights(
+            self.project,
+            self.project_bias,
+            self.gate_tanh,
+            self.gate_tanh_bias,
+            self.gate_sigmoid,
+            self.gate_sigmoid_bias,
+            self.score,
+            self.score_bias,
+        ).of(models)
+        if self.plain:
+            return weights
+        project = weights.project * self.scale[models][:, None, :]  # (F, E, D)
+        moved = (project @ self.shift[models][:, :, None]).squeeze(2)  # (F, E)
+        return weights._replace(project=project, project_bias=weights.project_bias - moved)
 
 
 class Abmil(Attention):
@@ -125,15 +168,30 @@ class Abmil(Attention):
         return module
 
     def outputs(
-        self, bags: PackedBags, *, dropout: float = 0.0, generators: Sequence[torch.Generator] = ()
+        self,
+        bags: PackedBags,
+        *,
+        dropout: float = 0.0,
+        generators: Sequence[torch.Generator] = (),
+        keep: Tensor | None = None,
+        models: slice = ALL,
     ) -> BagOutput:
-        """Return hazard logits, slide features and attention of every model for every bag."""
-        features, attention = self(bags, dropout=dropout, generators=generators)
-        return BagOutput(logits=self.predict(features), features=features, attention=attention)
+        """Return hazard logits, slide features and attention of every model for every bag.
 
-    def predict(self, features: Tensor) -> Tensor:
+        The arguments are those of `Attention.forward`.
+        """
+        features, attention = self(
+            bags, dropout=dropout, generators=generators, keep=keep, models=models
+        )
+        logits = self.predict(features, models=models)
+        return BagOutput(logits=logits, features=features, attention=attention)
+
+    def predict(self, features: Tensor, *, models: slice = ALL) -> Tensor:
         """Return hazard logits (F, B, T) of slide features (F, B, E)."""
-        return features @ self.head.transpose(1, 2) + self.head_bias[:, None]
+        if models == ALL:
+            return features @ self.head.transpose(1, 2) + self.head_bias[:, None]
+        head, bias = self.head[models], self.head_bias[models]
+        return features @ head.transpose(1, 2) + bias[:, None]
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
@@ -165,11 +223,3 @@ def unflatten(module: nn.Module, weights: Tensor) -> None:
             size = prod(parameter.shape[1:])
             parameter.copy_(weights[:, start : start + size].view_as(parameter))
             start += size
-
-
-def _keep(gates: Tensor, dropout: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return the scaled dropout mask (F, P, A); model f draws from its own generator."""
-    keep = torch.empty_like(gates, device="cpu")  # drawn there: the same mask on every device
-    for row, generator in zip(keep, generators, strict=True):
-        row.bernoulli_(1 - dropout, generator=generator)
-    return keep.to(gates.device) / (1 - dropout)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, *, key: str) -> None:
         self.path, self.key = path, key
+        self._settled: dict[str, bool] = {}
         self._due = time.monotonic() + PAUSE
 
     def resume(self, training: Training) -> int:
@@ -115,6 +116,22 @@ class Checkpoint:
         log.info("training resumes after epoch %d", epoch)
         return epoch
 
+    def settled(self, name: str, choose: Callable[[], bool]) -> bool:
+        """Return how a question was settled when this training began, by `choose` if it begins.
+
+        So a training that is resumed goes on in the same way, on whatever machine.
+        """
+        try:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                about = json.loads(str(stored["about"]))
+                if about["key"] == self.key:
+                    self._settled |= about.get("settled", {})
+        except Exception:  # `resume` says what is wrong with the file
+            self._settled = {}
+        if name not in self._settled:
+            self._settled[name] = choose()
+        return self._settled[name]
+
     def save(self, training: Training, epoch: int) -> None:
         """Keep where `training` stands after `epoch` epochs, unless the last write is recent."""
         started = time.monotonic()
@@ -122,6 +139,8 @@ class Checkpoint:
             return
         rng = None if training.rng is None else training.rng.bit_generator.state
         about = {"key": self.key, "epoch": epoch, "rng": rng}
+        if self._settled:
+            about["settled"] = self._settled
         contents: dict[str, Any] = {"about": np.array(json.dumps(about)), **training.arrays()}
         try:
             write_atomically(self.path, lambda file: np.savez(file, **contents))

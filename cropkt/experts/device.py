@@ -53,6 +53,13 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def room(device: torch.device) -> int:
+    """Return how many numbers the layers of one update may take: 1 GiB, or a quarter of a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 16
+    return 1 << 28
+
+
 def moved(bags: PackedBags, device: torch.device) -> PackedBags:
     """Return the bags on a device, in the type they were stored in: half as many bytes travel."""
     return replace(bags, patches=bags.patches.to(device), segment=bags.segment.to(device))

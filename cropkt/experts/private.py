@@ -34,7 +34,7 @@ from cropkt.errors import ConfigError
 from cropkt.experts.abmil import Abmil, parameter_count
 from cropkt.experts.accountant import Mechanism
 from cropkt.experts.checkpoint import Checkpoint, Training
-from cropkt.experts.device import device_of
+from cropkt.experts.device import device_of, moved
 from cropkt.experts.training import cosine_with_warmup
 from cropkt.survival.likelihood import discrete_nll
 
@@ -143,9 +143,12 @@ class PatientLoss(nn.Module):
 
         A gradient that is not finite has no direction to clip, and counts as 0.
         """
+        if len(patients) == 1:  # perhaps a bag too large for all of its layers at once
+            rows = [row[None] for row in self._gradient(cohort, patients)]
+            return _finite(rows)
         trained = {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
         device = device_of(self)
-        bags = [cohort.bag(int(i)) for i in patients]
+        bags = [cohort.bag(int(i)).cpu() for i in patients]
         patches = nn.utils.rnn.pad_sequence(bags, batch_first=True).to(device).float()
         segment = torch.full(patches.shape[:2], -1)
         for row, bag in zip(segment, bags, strict=True):
@@ -161,11 +164,26 @@ class PatientLoss(nn.Module):
             torch.from_numpy(cohort.time_bins[patients]).to(device),
             torch.from_numpy(cohort.event[patients]).to(device),
         )
-        rows = [found[name] for name in trained]
-        finite = torch.stack([g.flatten(1).isfinite().all(1) for g in rows]).all(0)  # (B,)
-        for g in rows:
-            g[~finite] = 0
-        return rows
+        return _finite([found[name] for name in trained])
+
+    def _gradient(self, cohort: Cohort, patient: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        device = device_of(self)
+        bag = moved(cohort.pack(patient), device)
+        loss: Tensor = self(
+            bag.patches,
+            bag.segment,
+            torch.tensor(cohort.time_bins[patient[0]], device=device),
+            torch.tensor(cohort.event[patient[0]], device=device),
+        )
+        return torch.autograd.grad(loss, [p for p in self.parameters() if p.requires_grad])
+
+
+def _finite(rows: list[Tensor]) -> list[Tensor]:
+    """Return gradients (B, ...), those of a patient nought where any is not finite."""
+    finite = torch.stack([g.flatten(1).isfinite().all(1) for g in rows]).all(0)  # (B,)
+    for g in rows:
+        g[~finite] = 0
+    return rows
 
 
 def train_private(

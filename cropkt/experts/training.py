@@ -7,7 +7,7 @@ patients cost one pass, and each equals the model trained alone with the same se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, cos, pi
 
@@ -16,13 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cropkt.cohort.bags import Cohort
+from cropkt.cohort.bags import Cohort, PackedBags
+from cropkt.cohort.feed import packed
 from cropkt.config import OptimiserConfig, TrainingConfig
 from cropkt.errors import TrainingFailedError
 from cropkt.experts.abmil import Abmil
 from cropkt.experts.checkpoint import Checkpoint, Training
 from cropkt.experts.device import device_of, moved
+from cropkt.experts.parts import losses_in_parts, together_pays
 from cropkt.survival.likelihood import discrete_nll
+
+Step = Callable[[NDArray[np.int64], PackedBags], Iterable[Tensor]]
+
+ROWS = 4096  # patches that are widened to double precision at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +97,23 @@ def epochs(patients: int, config: OptimiserConfig) -> int:
 
 def fit(
     module: nn.Module,
-    step: Callable[[NDArray[np.int64]], Tensor],
+    step: Step,
+    cohort: Cohort,
     *,
-    patients: int,
+    kept: NDArray[np.int64] | None = None,
     config: OptimiserConfig,
     seed: int,
     on_epoch: Callable[[int, int], None] | None = None,
     generators: Sequence[torch.Generator] = (),
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Minimise `step(indices)`, the summed loss of all models on a group of patients.
+    """Minimise the summed loss of all models on groups of patients.
 
     Args:
-        module: what is trained, in place.
-        step: returns the loss.
-        patients: n.
+        module: what is trained, in place, where it lies.
+        step: yields the parts of the loss of some patients, whose bags it is given.
+        cohort: the patients.
+        kept: those who may be learnt from; None for all.
         config: of the optimiser.
         seed: of the order of patients.
         on_epoch: is told of each epoch that ended, and of how many there are.
@@ -121,19 +129,24 @@ def fit(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    updates, last = updates_per_epoch(patients, config), epochs(patients, config)
+    device = device_of(module)
+    kept = np.arange(len(cohort)) if kept is None else kept
+    updates, last = updates_per_epoch(len(kept), config), epochs(len(kept), config)
     total, warmup = last * updates, config.warmup_epochs * updates
     rng = np.random.default_rng(seed)
     training = Training(module=module, optimizer=optimizer, rng=rng, generators=generators)
     done = checkpoint.resume(training) if checkpoint else 0
     for epoch in range(done, last):
-        for at, chosen in enumerate(batches(patients, config, rng), start=epoch * updates):
+        groups = [kept[group] for group in batches(len(kept), config, rng)]
+        for at, (chosen, bags) in enumerate(packed(cohort, groups), start=epoch * updates):
             factor = cosine_with_warmup(at, total=total, warmup=warmup)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor
             optimizer.zero_grad(set_to_none=True)
-            loss = step(chosen)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = torch.zeros((), device=device)
+            for part in step(chosen, moved(bags, device)):
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += part.detach()
             optimizer.step()
         if not torch.isfinite(loss):
             raise TrainingFailedError(
@@ -170,8 +183,8 @@ def train_experts(
     device = device_of(initial)
     learns = torch.from_numpy(plan.learns()).to(device)  # (F, n)
     of_bins, of_event = outcomes or (cohort.time_bins, cohort.event)
-    bins = torch.from_numpy(of_bins).to(device)
-    event = torch.from_numpy(of_event).to(device)
+    bins = torch.from_numpy(of_bins).to(device).expand_as(learns)  # (F, n)
+    event = torch.from_numpy(of_event).to(device).expand_as(learns)
     generators = [
         torch.Generator().manual_seed(hash_seed(seed, *left_out)) for left_out in plan.excluded
     ]
@@ -179,21 +192,40 @@ def train_experts(
 
     kept = np.arange(len(cohort)) if plan.kept is None else np.flatnonzero(plan.kept)
 
-    def step(batch: NDArray[np.int64]) -> Tensor:
-        chosen = kept[batch]
-        bags = moved(cohort.pack(chosen), device)
-        out = initial.outputs(bags, dropout=config.dropout, generators=generators)
-        losses = discrete_nll(
-            *(out.logits, bins[..., chosen], event[..., chosen]),
-            alpha=config.alpha,
-            loss=config.loss,
-        )  # (F, B)
-        return masked_mean(losses, learns[:, chosen])
+    def choose() -> bool:
+        middle = int(np.median([cohort.patches(int(i)) for i in kept]))
+        batch = min(config.batch, len(kept))
+        return together_pays(
+            initial.shape, models=initial.models, bags=batch, patches=middle, device=device
+        )
+
+    together = checkpoint.settled("together", choose) if checkpoint else choose()
+
+    def step(chosen: NDArray[np.int64], bags: PackedBags) -> Iterator[Tensor]:
+        mine = learns[:, chosen]  # (F, B)
+
+        def loss(logits: Tensor, models: slice, run: slice) -> Tensor:
+            losses = discrete_nll(
+                logits,
+                bins[models, chosen[run]],
+                event[models, chosen[run]],
+                alpha=config.alpha,
+                loss=config.loss,
+            )  # (f, b)
+            return masked_mean(losses, mine[models, run], of=mine[models].sum(1))
+
+        return losses_in_parts(
+            *(initial, bags, loss),
+            dropout=config.dropout,
+            generators=generators,
+            together=together,
+        )
 
     fit(
         initial,
         step,
-        patients=len(kept),
+        cohort,
+        kept=kept,
         config=config,
         seed=seed,
         on_epoch=on_epoch,
@@ -210,9 +242,13 @@ def standardise_for(experts: Abmil, cohort: Cohort, plan: Plan, config: Training
     return experts
 
 
-def masked_mean(losses: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over models of the mean loss of each model's own patients; both (F, B)."""
-    return ((losses * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
+def masked_mean(losses: Tensor, mask: Tensor, *, of: Tensor | None = None) -> Tensor:
+    """Return the sum over models of the mean loss of each model's own patients; both (F, B).
+
+    `of` (F,) is how many they are, where these are but some of them.
+    """
+    count = mask.sum(1) if of is None else of
+    return ((losses * mask).sum(1) / count.clamp(min=1)).sum()
 
 
 def hash_seed(seed: int, *parts: int) -> int:
@@ -224,10 +260,11 @@ def moments(cohort: Cohort, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (F, D) of the patches each model may learn from."""
     sums = torch.zeros(3, len(cohort), cohort.dim, dtype=torch.float64)
     for i in range(len(cohort)):
-        patches = cohort.bag(i).double()
-        sums[:, i] = torch.stack(
-            [torch.ones(cohort.dim), patches.sum(0), patches.square().sum(0)]
-        ) * torch.tensor([[len(patches)], [1], [1]])
+        for some in torch.split(cohort.bag(i), ROWS):
+            patches = some.double()
+            sums[0, i] += len(patches)
+            sums[1, i] += patches.sum(0).cpu()
+            sums[2, i] += patches.square_().sum(0).cpu()
     count, total, squares = torch.from_numpy(plan.learns()).double() @ sums
     count = count.clamp(min=1)  # a model may learn from nobody: of two folds, both left out
     mean = total / count

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cropkt.cohort.bags import PackedBags
+from cropkt.cohort.feed import packed
 from cropkt.config import StudyConfig
 from cropkt.experts.abmil import Abmil, flatten, unflatten
 from cropkt.experts.bank import MAX_HIDDEN, groups
@@ -165,20 +166,18 @@ def _trained(
         for left_out in plan.excluded
     ]
 
-    def step(chosen: NDArray[np.int64]) -> Tensor:
-        logits = module.logits(
-            moved(cohort.pack(chosen), device), dropout=training.dropout, generators=generators
-        )
+    def step(chosen: NDArray[np.int64], bags: PackedBags) -> list[Tensor]:
+        logits = module.logits(bags, dropout=training.dropout, generators=generators)
         losses = discrete_nll(
             logits, bins[chosen], event[chosen], alpha=training.alpha, loss=training.loss
         )
         heavy = module.weights()[:, 1:].square().sum()
-        return masked_mean(losses, learns[:, chosen]) + penalty * heavy / len(cohort)
+        return [masked_mean(losses, learns[:, chosen]) + penalty * heavy / len(cohort)]
 
     fit(
         module,
         step,
-        patients=len(cohort),
+        cohort,
         config=study.router,
         seed=hash_seed(study.seed, 5),
         generators=generators,
@@ -192,7 +191,7 @@ def _survival(module: MergedExperts, target: Target) -> NDArray[np.float64]:
     cohort, device = target.cohort, device_of(module)
     width = module.frame.models * module.frame.shape.embed
     parts = [
-        log_survival(module.logits(moved(cohort.pack(group), device)).cpu().double()).exp()
-        for group in groups(cohort, patches=max(1, MAX_HIDDEN // width))
+        log_survival(module.logits(moved(bags, device)).cpu().double()).exp()
+        for _, bags in packed(cohort, list(groups(cohort, patches=max(1, MAX_HIDDEN // width))))
     ]
     return torch.cat(parts, 1).numpy()

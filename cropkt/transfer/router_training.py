@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cropkt.cohort.bags import PackedBags
+from cropkt.cohort.feed import packed
 from cropkt.config import StudyConfig
 from cropkt.experts.abmil import Abmil, flatten, unflatten
 from cropkt.experts.bank import MAX_HIDDEN, Opinions, groups
@@ -69,9 +71,9 @@ class RouterStack:
             for view in range(target.views)
         ]
 
-        def step(chosen: NDArray[np.int64]) -> Tensor:
+        def step(chosen: NDArray[np.int64], bags: PackedBags) -> list[Tensor]:
             out = self.module.outputs(
-                moved(cohort.pack(chosen), self.device),
+                bags,
                 self.features[:, :, chosen],
                 config,
                 generators=generators,
@@ -84,13 +86,13 @@ class RouterStack:
             mine = learns[:, chosen]  # (1 + K, B)
             balance = balance_loss(out.gates, over=config.balance, learns=mine)
             if config.balance == "patient":
-                return masked_mean(losses + config.balance_weight * balance, mine)
-            return masked_mean(losses, mine) + config.balance_weight * balance.sum()
+                return [masked_mean(losses + config.balance_weight * balance, mine)]
+            return [masked_mean(losses, mine) + config.balance_weight * balance.sum()]
 
         fit(
             self.module,
             step,
-            patients=len(cohort),
+            cohort,
             config=config,
             seed=hash_seed(self.study.seed, 3),
             on_epoch=on_epoch,
@@ -104,9 +106,11 @@ class RouterStack:
         cohort, view = self.target.cohort, torch.from_numpy(1 + self.target.folds)
         survival, weights = [], []
         width = self.module.models * self.study.shape.embed
-        for group in groups(cohort, patches=max(1, MAX_HIDDEN // width)):
-            bags = moved(cohort.pack(group), self.device)
-            out = self.module.outputs(bags, self.features[:, :, group], self.config)
+        some = list(groups(cohort, patches=max(1, MAX_HIDDEN // width)))
+        for group, bags in packed(cohort, some):
+            out = self.module.outputs(
+                moved(bags, self.device), self.features[:, :, group], self.config
+            )
             mine = (view[group], torch.arange(len(group)))
             survival.append(log_survival(out.logits.cpu()[mine].double()).exp())
             weights.append(out.weights.cpu()[mine])

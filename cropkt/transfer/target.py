@@ -7,6 +7,7 @@ Shapes: n patients, K folds, S sources, E embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +18,12 @@ from torch import Tensor
 from cropkt.cohort.bags import Cohort
 from cropkt.config import RouterConfig, StudyConfig
 from cropkt.experts.abmil import Abmil
-from cropkt.experts.bank import Opinions, consult
+from cropkt.experts.bank import Opinions, Units, consult_in
 from cropkt.experts.training import Plan, moments
 from cropkt.survival.metrics import Estimate, Pairs, concordance_of, leads, over_controls
 from cropkt.transfer.scores import shrunken, training_scores
+
+Ask = Callable[[Abmil, Cohort, Sequence[Units | None]], list[Opinions]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,16 +38,18 @@ class Target:
     own: Abmil  # the F cross-fitted experts of the target
     opinions: Opinions  # (F, n) of the own experts
     pairs: Pairs
+    ask: Ask = consult_in  # how experts are asked: a site remembers what they said
 
     @classmethod
-    def of(cls, cohort: Cohort, plan: Plan, own: Abmil) -> Target:
+    def of(cls, cohort: Cohort, plan: Plan, own: Abmil, *, ask: Ask = consult_in) -> Target:
         """Return the target whose own experts are `own`, in the order of `plan`."""
         return cls(
             cohort=cohort,
             plan=plan,
             own=own,
-            opinions=consult(own, cohort),
+            opinions=ask(own, cohort, [None])[0],
             pairs=Pairs.of(cohort.days, cohort.event),
+            ask=ask,
         )
 
     @property
@@ -82,21 +87,27 @@ class Target:
             within = within.within(self.folds != view - 1)
         return concordance_of(within, self.local_risk(view))
 
-    def consult(self, sources: Abmil, config: StudyConfig) -> list[Opinions]:
-        """Return the sources' opinions per view; equal where features are not standardised.
+    def units(self, config: StudyConfig) -> list[Units | None]:
+        """Return per view the units in which sources read; [None] where all read alike.
 
         A source reads the target's patches in the target's own units, learnt on the training
         folds of the view.
         """
         if config.training.standardise == "none":
-            return [consult(sources, self.cohort)] * self.views
+            return [None]
         mean, deviation = moments(self.cohort, self.plan)
-        opinions = []
-        for view in range(self.views):
-            model = self.plan.model(*(() if view == 0 else (view - 1,)))
-            sources.standardise(mean[model], deviation[model])
-            opinions.append(consult(sources, self.cohort))
-        return opinions
+        left_out = [() if view == 0 else (view - 1,) for view in range(self.views)]
+        models = [self.plan.model(*folds) for folds in left_out]
+        return [(mean[model], deviation[model]) for model in models]
+
+    def consult(self, sources: Abmil, config: StudyConfig) -> list[Opinions]:
+        """Return the sources' opinions per view, from one read; equal where all read alike."""
+        found = self.ask(sources, self.cohort, self.units(config))
+        return found if len(found) > 1 else found * self.views
+
+    def consult_whole(self, sources: Abmil, config: StudyConfig) -> Opinions:
+        """Return the sources' opinions in the units of all patients."""
+        return self.ask(sources, self.cohort, self.units(config)[:1])[0]
 
     def source_scores(self, opinions: list[Opinions]) -> list[list[Estimate]]:
         """Return per view each source's C-index: row 0 on all patients, 1 + f without fold f."""

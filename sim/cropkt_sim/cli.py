@@ -190,6 +190,30 @@ def hospital(
 
 
 @app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="The pack.")],
+    features: Annotated[
+        list[Path] | None, typer.Option(help="Folder of slide features; repeat for several.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only compare a pack's checksums.")
+    ] = False,
+    unpack: Annotated[
+        Path | None, typer.Option(help="Write a pack's slides back into this folder, as HDF5.")
+    ] = None,
+) -> None:
+    """Pack slide files into one matrix that reads faster; optional, reversible."""
+    with one_line("cropkt-sim"):
+        from cropkt.cohort.features import SlideFolders
+        from cropkt.cohort.packing import pack_or_unpack
+
+        for line in pack_or_unpack(
+            folder, lambda: SlideFolders(features or []), verify=verify, unpack_to=unpack
+        ):
+            typer.echo(line)
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Folder of a run; several: its seeds.")

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from cropkt.bundle import bundle_hash
 from cropkt.cancers import Cancer
+from cropkt.cohort.features import write_slide_h5
 from cropkt_client.cli import app
 from cropkt_client.enrol import Enrolment
 
@@ -161,3 +163,16 @@ def test_a_terminal_shows_the_same_lines(config: Path, monkeypatch: pytest.Monke
     assert code == 3
     assert "\x1b[31mnot running\x1b[0m" in coloured
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
+
+
+def test_slides_of_site_yaml_are_packed(config: Path) -> None:
+    (config.parent / "f").mkdir()
+    write_slide_h5(config.parent / "f" / "s1.h5", np.ones((3, 2), dtype=np.float16))
+    code, said = run("--config", config, "pack")
+    assert code == 0
+    assert "1 slides, 3 patches" in said
+    assert "pack: pack" in said
+    assert run("--config", config, "pack", "--verify")[0] == 0
+    code, said = run("--config", config, "pack")
+    assert code == 65
+    assert "exists already" in one_line(said)

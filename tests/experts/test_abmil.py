@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from cropkt.cohort.bags import PackedBags
 from cropkt.config import ExpertShape
-from cropkt.experts.abmil import Abmil, _keep, flatten, initialise, parameter_count, unflatten
+from cropkt.experts.abmil import Abmil, flatten, initialise, parameter_count, unflatten
+from cropkt.experts.pooling import drawn, scaled
 
 SHAPE = ExpertShape(dim=6, embed=8, attention=4, bins=5)
 
@@ -140,7 +141,8 @@ def test_dropout_of_a_model_depends_on_no_other() -> None:
 
 
 def test_dropout_keeps_the_mean_and_nought_needs_no_generator() -> None:
-    mask = _keep(torch.ones(1, 200, 200), 0.25, generators(0))
+    keep = drawn(generators(0), (1, 200, 200), 0.25)
+    mask = scaled(keep, 0.25, keep.device)
     assert mask.unique().tolist() == pytest.approx([0, 4 / 3])
     assert mask.mean().item() == pytest.approx(1, abs=0.02)
     stack(2).outputs(PackedBags.of(draw_bags([2])), dropout=0.0)
