@@ -288,15 +288,17 @@ def predict(
     from cropkt.errors import UsageError
 
     with one_line("cropkt-client"):
-        if model not in ("released", "local", "router"):
-            raise UsageError("--model", f"unknown {model!r}", "Use released, local or router")
         if not DEVICE.fullmatch(device):
             raise UsageError("--device", f"unknown {device!r}", "Use auto, cuda[:i], cpu or mps")
         from cropkt.cancers import cancer_of
         from cropkt.experts.device import resolve_device
+        from cropkt.prediction.kept import WHICH
         from cropkt_client import predict as prediction
         from cropkt_client.site import Site
 
+        which = next((one for one in WHICH if one == model), None)
+        if which is None:
+            raise UsageError("--model", f"unknown {model!r}", "Use released, local or router")
         site = Site.load(config or context.obj, device=resolve_device(device))
         request = prediction.Request(
             cancer=cancer_of(cancer),
@@ -304,7 +306,7 @@ def predict(
             out=out,
             table=table,
             patient=patient,
-            model=model,
+            model=which,
             patch_size=patch_size,
             thumbnail=thumbnail,
             level0_size=level0_size,

@@ -89,8 +89,8 @@ def survival_curve(answer: Answer) -> Figure:
     figure = blank(5.2, 2.7)
     axes = axes_at(figure, 0.62, 0.5, 4.4, 2.05)
     if np.isfinite(answer.low[:last]).all():
-        ends = [np.concatenate([[1.0], row[:last]]) for row in (answer.low, answer.high_end)]
-        axes.fill_between(years, *ends, color=_CURVE, alpha=0.18, linewidth=0)
+        low, high = (np.concatenate([[1.0], row[:last]]) for row in (answer.low, answer.high_end))
+        axes.fill_between(years, low, high, color=_CURVE, alpha=0.18, linewidth=0)
     curve = np.concatenate([[1.0], answer.survival[:last]])
     axes.plot(years, curve, color=_CURVE, linewidth=1.8, marker="o", markersize=2.5)
     axes.set(xlim=(0, max(last, 1)), ylim=(0, 1.03))

@@ -61,7 +61,8 @@ class Baseline:
         counts = np.ones((1 + draws, n))
         counts[1:] = rng.multinomial(n, np.full(n, 1 / n), size=draws)
         latest = np.argsort(-days, kind="stable")
-        x, then, died = (risk[latest] - centre) / spread, days[latest], event[latest]
+        x = (risk[latest].astype(np.float64) - centre) / spread
+        then, died = days[latest], event[latest]
         # The risk set of a death are all whose time is not shorter: a prefix of this order.
         last = np.searchsorted(-then, -then[died], side="right") - 1
         cohort = _Deaths(x=x, counts=counts[:, latest], died=died, last=last)

@@ -199,6 +199,9 @@ class _Beginnings(SlideSource):
     def features(self, slide_id: str) -> Tensor:
         return self.source.features(slide_id)[: self.limit]
 
+    def stamp(self, slide_id: str) -> str:
+        return f"{self.source.stamp(slide_id)} up to {self.limit}"
+
     def coords(self, slide_id: str) -> Tensor | None:
         return None
 
