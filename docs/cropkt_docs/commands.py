@@ -51,7 +51,8 @@ def _section(name: str, command: Any) -> str:
     level = "##" if " " not in name else "###"
     usage = " ".join([name, *command.collect_usage_pieces(context)])
     parts = [f"{level} {name}\n", f"```text\n{usage}\n```\n", _prose(command.help or "")]
-    if rows := [_row(parameter, context) for parameter in command.params]:
+    shown = [one for one in command.params if not getattr(one, "hidden", False)]
+    if rows := [_row(parameter, context) for parameter in shown]:
         parts.append(table(rows, "", "default", "meaning") + "\n")
     if command.epilog:
         parts.append(_prose(command.epilog))
