@@ -32,7 +32,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Simulate a federation of hospitals: every TCGA cancer is a site.",
+    help="""Simulate a federation of hospitals: every TCGA cancer is a site.
+
+    \b
+    cropkt-sim run --preset demo
+    cropkt-sim report demo-out
+    """,
 )
 
 

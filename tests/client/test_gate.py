@@ -258,8 +258,10 @@ def test_only_these_modules_reach_a_network() -> None:
                 continue
             if any(each.partition(".")[0] in network for each in names):
                 found.add(name)
-    # Enrolment and hello; the SuperNode's loopback; its connection; a free port; two pipe ends.
-    assert found == {"link.py", "executor.py", "fleet.py", "supernode.py", "worker.py"}
+    # Enrolment and hello; the SuperNode's loopback; its connection; a free port; two pipe ends; the
+    # doctor's look at the coordinator's certificate and port.
+    wanted = {"link.py", "executor.py", "fleet.py", "supernode.py", "worker.py", "connection.py"}
+    assert found == wanted
 
 
 # Before any work
