@@ -24,7 +24,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 help:
 	@echo "make demo             run a small synthetic study; the report lands in demo-out/"
-	@echo "make test             lint, types and all tests but those of the next three"
+	@echo "make test             lint, types and all tests but those of the next four"
 	@echo "make test-ray         tests that start Ray inside the test process"
 	@echo "make test-federation  tests that start real coordinator and hospital processes"
 	@echo "make test-browser     the live board in the Chromium of this machine"
@@ -41,7 +41,8 @@ demo: $(RUN)
 	$(BIN)/cropkt-sim run --preset demo --out demo-out
 
 test: lint types
-	$(BIN)/python -m pytest -m "not federation and not ray and not docs and not browser"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		-m "not federation and not ray and not docs and not browser"
 
 test-ray: $(DEV)
 	$(BIN)/python -m pytest -m ray

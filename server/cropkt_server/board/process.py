@@ -6,11 +6,13 @@ import contextlib
 import ipaddress
 import logging
 import secrets
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import typer
 import uvicorn
@@ -52,7 +54,7 @@ def serve(folder: Path, *, host: str, port: int, with_parent: bool = False) -> N
     listener, token = listening(str(address), port), secrets.token_urlsafe(32)
     port = int(listener.getsockname()[1])
     app = board(folder, token=token, host=str(address), port=port)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             app,
             lifespan="off",
@@ -73,6 +75,19 @@ def serve(folder: Path, *, host: str, port: int, with_parent: bool = False) -> N
     if with_parent:
         threading.Thread(target=_end_with_parent, args=(server,), daemon=True).start()
     server.run([listener])
+    if server.interrupted:
+        raise KeyboardInterrupt
+
+
+class _Server(uvicorn.Server):
+    """Remembers whether Ctrl-C ended it, which `run` does not always tell."""
+
+    interrupted = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end."""
+        self.interrupted |= sig == signal.SIGINT
+        super().handle_exit(sig, frame)
 
 
 @contextlib.contextmanager
