@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cropkt.cohort.bags import PackedBags
 from cropkt.config import PUBLISHED, ExpertShape
-from cropkt.errors import ArtifactError, BagShapeError
-from cropkt.experts.abmil import Abmil, BagOutput
+from cropkt.errors import ArtifactError
+from cropkt.experts.abmil import Abmil
+from cropkt.experts.single import SlideExpert, one_bag
 from cropkt.transfer.roupkt import Roupkt, RouterOutput
 
 _ATTENTION = {
@@ -38,30 +38,6 @@ _ATTENTION = {
 """Published name to the name in `Abmil` and `Roupkt`."""
 
 
-class PublishedExpert(nn.Module):
-    """One published expert; `abmil` is the same as a stack of one."""
-
-    def __init__(self, abmil: Abmil) -> None:
-        super().__init__()
-        self.abmil = abmil
-
-    def outputs(self, bag: Tensor) -> BagOutput:
-        """Return logits, slide feature and attention of one bag (N, D)."""
-        return self.abmil.outputs(_one(bag, self.abmil.dim))
-
-    def forward(self, bag: Tensor) -> Tensor:
-        """Return the hazard logits (T,) of a bag (N, D)."""
-        return self.outputs(bag).logits[0, 0]
-
-    def slide_feature(self, bag: Tensor) -> Tensor:
-        """Return the slide feature (E,) of a bag (N, D)."""
-        return self.outputs(bag).features[0, 0]
-
-    def attention(self, bag: Tensor) -> Tensor:
-        """Return the attention (N,) over the patches of a bag (N, D); it sums to 1."""
-        return self.outputs(bag).attention[0]
-
-
 class PublishedRouter(nn.Module):
     """One published router; `roupkt` is the same as a stack of one."""
 
@@ -73,7 +49,7 @@ class PublishedRouter(nn.Module):
     def outputs(self, bag: Tensor, expert_features: Tensor) -> RouterOutput:
         """Return all that the router says of one bag (N, D) and features (X, E)."""
         return self.roupkt.outputs(
-            _one(bag, self.roupkt.dim), expert_features[None, :, None], self.config
+            one_bag(bag, self.roupkt.dim), expert_features[None, :, None], self.config
         )
 
     def forward(self, bag: Tensor, expert_features: Tensor) -> Tensor:
@@ -82,7 +58,7 @@ class PublishedRouter(nn.Module):
 
     def router_logits(self, bag: Tensor) -> Tensor:
         """Return the router's logit of each expert, (X,), for a bag (N, D)."""
-        seen, _ = self.roupkt(_one(bag, self.roupkt.dim))
+        seen, _ = self.roupkt(one_bag(bag, self.roupkt.dim))
         logits: Tensor = (seen @ self.roupkt.gate.transpose(1, 2))[0, 0]
         return logits
 
@@ -91,7 +67,7 @@ class PublishedRouter(nn.Module):
         return self.router_logits(bag).softmax(-1)
 
 
-def load_expert(path: str | Path) -> PublishedExpert:
+def load_expert(path: str | Path) -> SlideExpert:
     """Return the expert in a published ABMIL checkpoint.
 
     Raises:
@@ -100,7 +76,7 @@ def load_expert(path: str | Path) -> PublishedExpert:
     tensors = _read(Path(path))
     module = Abmil(_shape(tensors, Path(path)))
     _fill(module, {name: tensors.pop(name, None) for name in _ATTENTION}, tensors, Path(path))
-    return PublishedExpert(module.requires_grad_(False))
+    return SlideExpert(module.requires_grad_(False))
 
 
 def load_router(path: str | Path, *, top_k: int = 5) -> PublishedRouter:
@@ -221,13 +197,3 @@ def _whole(tensor: Tensor | None, name: str, want: tuple[int, ...], path: Path) 
             "Use a checkpoint of one model",
         )
     return tensor
-
-
-def _one(bag: Tensor, dim: int) -> PackedBags:
-    if bag.ndim != 2 or bag.shape[1] != dim:
-        raise BagShapeError(
-            "bag",
-            f"has shape {tuple(bag.shape)}, expected (n_patches, {dim})",
-            "Extract with the encoder that the checkpoint was trained on",
-        )
-    return PackedBags.of([bag])

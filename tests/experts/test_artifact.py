@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import cropkt
 from cropkt import errors
 from cropkt.cancers import Cancer
+from cropkt.cohort.bags import PackedBags
 from cropkt.config import ExpertShape, StudyConfig
 from cropkt.experts.abmil import Abmil, flatten
 from cropkt.experts.artifact import Artifact, load_artifact, m0_hash
@@ -122,6 +125,30 @@ def test_a_file_round_trips(load: Load, path: Path, weights: np.ndarray) -> None
     assert path.stat().st_mode & 0o077 == 0
     names = set(safetensors.numpy.load_file(path))
     assert names == {name for name, _ in Abmil(SHAPE).named_parameters()}
+
+
+def test_a_file_loads_as_plain_torch(
+    path: Path, key: Ed25519PrivateKey, weights: np.ndarray
+) -> None:
+    bag = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    for number in (0, 2):
+        expert = cropkt.load_expert(path, model=number, signer=public_text(key))
+        same = Abmil.from_flat(SHAPE, torch.from_numpy(weights[number : number + 1]))
+        whole = same.outputs(PackedBags.of([bag]))
+        assert torch.equal(expert(bag), whole.logits[0, 0])
+        assert torch.equal(expert.slide_feature(bag), whole.features[0, 0])
+        assert expert.attention(bag).sum() == pytest.approx(1)
+        assert not any(weight.requires_grad for weight in expert.parameters())
+    assert torch.equal(
+        cropkt.load_expert(path).standardise(torch.ones(6), 2 * torch.ones(6))(2 * bag + 1),
+        cropkt.load_expert(path)(bag),
+    )
+    with pytest.raises(errors.UnknownSignerError):
+        cropkt.load_expert(path, signer=public_text(Ed25519PrivateKey.generate()))
+    with pytest.raises(errors.UsageError, match="no model 3"):
+        cropkt.load_expert(path, model=3)
+    with pytest.raises(errors.BagShapeError):
+        cropkt.load_expert(path)(bag[:, :5])
 
 
 def test_an_unknown_signer_is_refused(path: Path, load: Load, weights: np.ndarray) -> None:
