@@ -126,6 +126,9 @@ encoder: ""
 # A row or slide that is not usable: raise (stop, and name it) or skip (leave it out, and count it).
 on_bad: raise
 
+# A folder for the losses of training, to look at with TensorBoard; needs cropkt[tensorboard].
+# tensorboard: curves
+
 # Keys, models, answers and logs of this site. Keep it: it is this site's identity.
 state: state
 

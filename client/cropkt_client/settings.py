@@ -88,6 +88,7 @@ class SiteConfig:
     release: ReleasePolicy | None = None  # None: nothing leaves
     privacy: Privacy | None = None  # None: what leaves is not differentially private
     licence: Annotated[str, StringConstraints(pattern=r"^[ -~]{0,100}$")] = ""  # of its experts
+    tensorboard: Path | None = None  # folder for losses of training; needs cropkt[tensorboard]
     signers: dict[SiteName, Fingerprint] | None = None  # None: a site's first key counts
 
 

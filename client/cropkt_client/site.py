@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cropkt.cohort.splits import hospital_folds, stratified_folds
 from cropkt.config import StudyConfig
 from cropkt.errors import CohortError, ConfigError
 from cropkt.experts.checkpoint import Checkpoint
+from cropkt.experts.training import Epoch
 from cropkt.files import write_atomically
 from cropkt.messages import (
     DescribeRequest,
@@ -162,6 +163,21 @@ class Site:
         digest.update(repr((cohort.patient_ids, cohort.slides)).encode())
         path = self._checkpoint(request.cancer, "private" if private else "training")
         return Checkpoint(path, key=digest.hexdigest())
+
+    def on_epoch(
+        self, request: ExpertRequest | RouterRequest | FedAvgRequest
+    ) -> Callable[[Epoch], None] | None:
+        """Return what writes the losses of this request's training for TensorBoard, if asked for.
+
+        Raises:
+            ConfigError: TensorBoard is not installed.
+        """
+        if self.config.tensorboard is None:
+            return None
+        from cropkt_client.curves import writing  # loads TensorBoard
+
+        name = request.task.replace("/", "-")  # one folder, wherever the task's name would lead
+        return writing(self.folder / self.config.tensorboard / name)
 
     def keep(self, name: str, arrays: dict[str, NDArray[Any]]) -> None:
         """Keep named arrays of this site, such as the weights of its models."""

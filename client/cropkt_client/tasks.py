@@ -127,6 +127,7 @@ def fit_expert(request: ExpertRequest, site: Site) -> ExpertReply:
         initial=experts,
         config=study.training,
         seed=study.seed + 1000 * request.round,
+        on_epoch=site.on_epoch(request),
         checkpoint=site.checkpoint(request, cohort),
     )
     weights = flatten(experts).cpu().numpy()
@@ -207,7 +208,7 @@ def fit_router(request: RouterRequest, site: Site) -> RouterReply:
     stack = RouterStack(target, sources, opinions, request.study)
     if request.routers is not None:
         stack.load(_checked(request.routers, stack.module, models=target.views))
-    stack.train(checkpoint=site.checkpoint(request, target.cohort))
+    stack.train(on_epoch=site.on_epoch(request), checkpoint=site.checkpoint(request, target.cohort))
     weights = flatten(stack.module).cpu().numpy()
     spent = np.array(time.monotonic() - started)
     site.keep(f"{request.cancer}/routers", {"weights": weights, "seconds": spent})
@@ -235,6 +236,7 @@ def fit_fedavg(request: FedAvgRequest, site: Site) -> FedAvgReply:
         initial=models,
         config=study.training,
         seed=study.seed + 1000 * request.round,
+        on_epoch=site.on_epoch(request),
         checkpoint=site.checkpoint(request, cohort),
     )
     return FedAvgReply(

@@ -95,6 +95,15 @@ def epochs(patients: int, config: OptimiserConfig) -> int:
     return max(config.epochs, ceil(config.minimum_updates / updates_per_epoch(patients, config)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoch:
+    """An epoch of training that has ended."""
+
+    number: int  # from 1
+    of: int
+    loss: float  # mean over its updates, summed over the models
+
+
 def fit(
     module: nn.Module,
     step: Step,
@@ -103,7 +112,7 @@ def fit(
     kept: NDArray[np.int64] | None = None,
     config: OptimiserConfig,
     seed: int,
-    on_epoch: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
     generators: Sequence[torch.Generator] = (),
     checkpoint: Checkpoint | None = None,
 ) -> None:
@@ -116,7 +125,7 @@ def fit(
         kept: those who may be learnt from; None for all.
         config: of the optimiser.
         seed: of the order of patients.
-        on_epoch: is told of each epoch that ended, and of how many there are.
+        on_epoch: is told of each epoch that ended.
         generators: those that `step` draws from; a checkpoint keeps their state.
         checkpoint: where to resume from, and to keep where the training stands.
 
@@ -138,6 +147,7 @@ def fit(
     done = checkpoint.resume(training) if checkpoint else 0
     for epoch in range(done, last):
         groups = [kept[group] for group in batches(len(kept), config, rng)]
+        seen = torch.zeros((), device=device)
         for at, (chosen, bags) in enumerate(packed(cohort, groups), start=epoch * updates):
             factor = cosine_with_warmup(at, total=total, warmup=warmup)
             for group in optimizer.param_groups:
@@ -148,6 +158,7 @@ def fit(
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.detach()
             optimizer.step()
+            seen += loss
         if not torch.isfinite(loss):
             raise TrainingFailedError(
                 "training",
@@ -157,7 +168,7 @@ def fit(
         if checkpoint:
             checkpoint.save(training, epoch + 1)
         if on_epoch:
-            on_epoch(epoch + 1, last)
+            on_epoch(Epoch(number=epoch + 1, of=last, loss=float(seen) / len(groups)))
 
 
 def train_experts(
@@ -167,7 +178,7 @@ def train_experts(
     initial: Abmil,
     config: TrainingConfig,
     seed: int,
-    on_epoch: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
     checkpoint: Checkpoint | None = None,
     outcomes: tuple[NDArray[np.int64], NDArray[np.bool_]] | None = None,
 ) -> Abmil:

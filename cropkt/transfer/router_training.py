@@ -16,7 +16,7 @@ from cropkt.experts.abmil import Abmil, flatten, unflatten
 from cropkt.experts.bank import MAX_HIDDEN, Opinions, groups
 from cropkt.experts.checkpoint import Checkpoint
 from cropkt.experts.device import device_of, moved
-from cropkt.experts.training import Plan, fit, hash_seed, masked_mean, moments
+from cropkt.experts.training import Epoch, Plan, fit, hash_seed, masked_mean, moments
 from cropkt.survival.likelihood import discrete_nll, log_survival
 from cropkt.transfer.roupkt import Roupkt, balance_loss, z_loss
 from cropkt.transfer.target import Target
@@ -56,7 +56,7 @@ class RouterStack:
 
     def train(
         self,
-        on_epoch: Callable[[int, int], None] | None = None,
+        on_epoch: Callable[[Epoch], None] | None = None,
         *,
         checkpoint: Checkpoint | None = None,
     ) -> None:

@@ -23,7 +23,6 @@ from cropkt_client.site import Site
 UVM = Cancer.UVM
 CHILD = """
 import os, signal, sys
-from functools import partial, partialmethod
 from pathlib import Path
 import torch
 from cropkt.experts import checkpoint
@@ -35,12 +34,11 @@ torch.set_num_threads(1)
 checkpoint.PAUSE, checkpoint.SHARE = 0.0, 1.0
 config, request, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
-def hook(epoch, epochs):
-    if epoch == last:
+def hook(epoch):
+    if epoch.number == last:
         os.kill(os.getpid(), signal.SIGKILL)
 
-tasks.train_experts = partial(tasks.train_experts, on_epoch=hook)
-tasks.RouterStack.train = partialmethod(tasks.RouterStack.train, hook)
+Site.on_epoch = lambda site, request: hook
 request = load(request, expected=REQUESTS)
 task = tasks.fit_expert if isinstance(request, ExpertRequest) else tasks.fit_router
 task(request, Site.load(config))

@@ -16,7 +16,7 @@ from cropkt.config import ExpertShape, TrainingConfig
 from cropkt.experts import checkpoint as module
 from cropkt.experts.abmil import Abmil, flatten
 from cropkt.experts.checkpoint import Checkpoint
-from cropkt.experts.training import Plan, train_experts
+from cropkt.experts.training import Epoch, Plan, train_experts
 
 CONFIG = TrainingConfig(epochs=5, learning_rate=1e-2)
 Train = Callable[..., bytes]
@@ -35,8 +35,8 @@ def train(make_cohort: Callable[..., Any], shape: ExpertShape) -> Train:
     folds = np.arange(len(cohort)) % 2
 
     def run(checkpoint: Checkpoint | None = None, *, stop_after: int = 0) -> bytes:
-        def hook(epoch: int, _: int) -> None:
-            if epoch == stop_after:
+        def hook(epoch: Epoch) -> None:
+            if epoch.number == stop_after:
                 raise KeyboardInterrupt
 
         experts = train_experts(

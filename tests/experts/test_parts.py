@@ -16,7 +16,7 @@ from cropkt.experts import abmil, measured, parts, pooling
 from cropkt.experts.abmil import Abmil, flatten
 from cropkt.experts.checkpoint import Checkpoint
 from cropkt.experts.parts import cut, together_pays
-from cropkt.experts.training import Plan, train_experts
+from cropkt.experts.training import Epoch, Plan, train_experts
 
 CPU = torch.device("cpu")
 FOLDS = np.arange(36) % 3
@@ -132,7 +132,7 @@ def test_a_resumed_training_goes_on_as_it_was_cut(
         initial = Abmil.initial(shape, seed=7, models=2)
         return flatten(train_experts(cohort, plan, initial=initial, config=QUICK, seed=0, **kwargs))
 
-    def stop(epoch: int, _: int) -> None:
+    def stop(epoch: Epoch) -> None:
         raise KeyboardInterrupt
 
     def checkpoint() -> Checkpoint:

@@ -80,15 +80,14 @@ def test_the_same_seed_gives_the_same_experts(make_cohort, shape) -> None:
 
 def test_trained_experts_are_frozen_and_epochs_reported(make_cohort, shape) -> None:
     seen = []
-    experts = train(
-        make_cohort(), Plan(FOLDS, ((),)), shape, on_epoch=lambda *now: seen.append(now)
-    )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    experts = train(make_cohort(), Plan(FOLDS, ((),)), shape, on_epoch=seen.append)
+    assert [(epoch.number, epoch.of) for epoch in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert seen[0].loss > seen[2].loss > 0
     assert not any(parameter.requires_grad for parameter in experts.parameters())
     seen.clear()  # 36 patients in eights: 4 updates an epoch
     longer = replace(QUICK, minimum_updates=17)
-    train(make_cohort(), Plan(FOLDS, ((),)), shape, longer, on_epoch=lambda *now: seen.append(now))
-    assert seen[-1] == (5, 5)
+    train(make_cohort(), Plan(FOLDS, ((),)), shape, longer, on_epoch=seen.append)
+    assert (seen[-1].number, seen[-1].of) == (5, 5)
 
 
 def test_training_ranks_patients_it_never_saw(make_cohort, shape) -> None:
