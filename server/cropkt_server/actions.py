@@ -19,21 +19,21 @@ from cropkt_server.store import Store, Task
 
 def pause(folder: Path) -> Iterator[str]:
     """Send nothing new; what is under way is still taken in."""
-    with _store(folder) as store:
+    with opened_store(folder) as store:
         store.pause(True)
     yield "paused"
 
 
 def resume(folder: Path) -> Iterator[str]:
     """Go on after a pause."""
-    with _store(folder) as store:
+    with opened_store(folder) as store:
         store.pause(False)
     yield "resumed"
 
 
 def retry(folder: Path, *, site: str | None = None, row: str | None = None) -> Iterator[str]:
     """Make failed rows due again, of a site, of one name, or all; open a finished study."""
-    with _store(folder) as store:
+    with opened_store(folder) as store:
         again = store.retry(site, row)
         if row is not None and not again:
             yield f"{row} has not failed"
@@ -76,7 +76,8 @@ def _check_deployed(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _store(folder: Path) -> Iterator[Store]:
+def opened_store(folder: Path) -> Iterator[Store]:
+    """Open the table of a study that is a deployed one."""
     _check_deployed(folder)
     store = Store(folder)
     try:

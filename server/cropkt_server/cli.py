@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +26,6 @@ from cropkt.console import Version, fail, one_line
 
 if TYPE_CHECKING:
     from cropkt_server.settings import Settings
-    from cropkt_server.store import Store
 
 DEFAULT_PORT = 8443
 LONGEST_STOP = 40.0  # seconds a coordinator may take to stop
@@ -125,6 +124,7 @@ def invite(
     from cropkt.errors import ConfigError, DataError, UsageError
     from cropkt.invite import encode_invite
     from cropkt.messages import SiteName
+    from cropkt_server import actions
     from cropkt_server.enrolment import Enrolment
     from cropkt_server.pki import Keys
     from cropkt_server.roster import Roster
@@ -141,7 +141,7 @@ def invite(
             fix = "Use letters, digits, dots and dashes"
             raise UsageError("--site", f"{site!r} is no name for a site", fix) from None
         until = time.time() + seconds_in(expires, "--expires")
-        with _store(folder) as store:
+        with actions.opened_store(folder) as store:
             if store.closed:
                 fix = "Make a new study, or reopen this one with cropkt-server retry"
                 raise ConfigError(folder, "this study is finished", fix)
@@ -364,12 +364,12 @@ def admit(
 ) -> None:
     """Take a model that lies in quarantine after all, when its site sends it again."""
     from cropkt.cancers import cancer_of
-    from cropkt_server.actions import reopened
+    from cropkt_server import actions
 
-    with one_line("cropkt-server"), _store(folder) as store:
+    with one_line("cropkt-server"), actions.opened_store(folder) as store:
         again = store.admit(site, cancer_of(cancer))
         if again:
-            _say(reopened(store, again))
+            _say(actions.reopened(store, again))
         else:
             typer.echo(f"no model of {site} for {cancer} lies in quarantine")
 
@@ -403,19 +403,6 @@ def _deployed(folder: Path) -> tuple[Settings, str]:
 
     settings = load_settings(folder)
     return settings, deployed_host(settings, folder)
-
-
-@contextlib.contextmanager
-def _store(folder: Path) -> Iterator[Store]:
-    """Open the table of a study that exists."""
-    from cropkt_server.store import Store
-
-    _deployed(folder)
-    store = Store(folder)
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 def _detach(folder: Path, linger: float, board: int | None) -> None:
