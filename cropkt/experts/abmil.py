@@ -13,7 +13,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log, prod
 
@@ -73,6 +74,18 @@ class Attention(nn.Module):
         self.shift.copy_(mean)
         self.scale.copy_(1 / deviation)
         self.plain = bool((self.shift == 0).all() and (self.scale == 1).all())
+
+    @contextlib.contextmanager
+    def standardised(self, mean: Tensor, deviation: Tensor) -> Iterator[None]:
+        """Let the input be (x - mean) / deviation, each (F, D) or (D,), while the block runs."""
+        shift, scale, plain = self.shift.clone(), self.scale.clone(), self.plain
+        self.standardise(mean, deviation)
+        try:
+            yield
+        finally:
+            self.shift.copy_(shift)
+            self.scale.copy_(scale)
+            self.plain = plain
 
     def forward(
         self,

@@ -8,6 +8,7 @@ Shapes: S experts, n patients, E embedding, T bins.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,9 +60,8 @@ def consult_in(experts: Abmil, cohort: Cohort, units: Sequence[Units | None]) ->
     for _, read in packed(cohort, some):
         bags = moved(read, device)
         for unit, (risks, features) in zip(units, found, strict=True):
-            if unit is not None:
-                experts.standardise(*unit)
-            out = experts.outputs(bags)
+            with contextlib.nullcontext() if unit is None else experts.standardised(*unit):
+                out = experts.outputs(bags)
             risks.append(risk(out.logits.cpu()))
             features.append(out.features.cpu())
     return [

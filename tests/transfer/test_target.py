@@ -122,6 +122,8 @@ def test_sources_read_patches_in_the_target_s_units(scene, make_scene, sources) 
             plain = Abmil.from_flat(sources.shape, flatten(sources))
             out = plain.outputs(PackedBags.of([scaled]))
             assert torch.allclose(opinion.features[:, i], out.features[:, 0], atol=1e-4)
+    assert sources.plain  # whoever asks the same experts next is not told in these units
+    assert torch.equal(sources.shift, torch.zeros_like(sources.shift))
 
 
 def test_no_patch_of_the_judged_fold_enters_the_units(make_scene, scene, rewritten) -> None:
