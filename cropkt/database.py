@@ -63,9 +63,7 @@ def problem_with(path: Path, steps: Sequence[str] | None = None) -> str:
         return f"is damaged ({' '.join(str(first).split())})"
     if steps is not None and version == 0:
         return "is empty"
-    if steps is not None and version > len(steps):
-        return f"has schema {version}, this cropkt knows {len(steps)}"
-    return ""
+    return "" if steps is None else _too_new(version, steps)
 
 
 def reading(path: Path, steps: Sequence[str], *, wait: float) -> sqlite3.Connection:
@@ -115,12 +113,14 @@ def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 def _check_known(path: Path, database: sqlite3.Connection, steps: Sequence[str]) -> None:
-    if (version := _version(database)) > len(steps):
-        raise ConfigError(
-            path,
-            f"has schema {version}, this cropkt knows {len(steps)}",
-            "Use the cropkt that wrote it, or a newer one",
-        )
+    if problem := _too_new(_version(database), steps):
+        raise ConfigError(path, problem, "Use the cropkt that wrote it, or a newer one")
+
+
+def _too_new(version: int, steps: Sequence[str]) -> str:
+    """Return what is wrong with a schema of that number; nothing if these steps lead to it."""
+    known = len(steps)
+    return f"has schema {version}, this cropkt knows {known}" if version > known else ""
 
 
 def _in_memory(source: sqlite3.Connection | None, steps: Sequence[str]) -> sqlite3.Connection:

@@ -20,7 +20,7 @@ from cropkt.experts.artifact import load_artifact
 from cropkt.experts.card import Card
 from cropkt.experts.single import SlideExpert
 from cropkt.prediction.model import ReleasedModel
-from cropkt.survival.bins import BIN_DAYS
+from cropkt.survival.bins import bin_ends
 from cropkt.survival.likelihood import log_survival, risk
 
 _LEAST = 1e-12  # survival, so that its cumulative hazard is finite
@@ -67,8 +67,7 @@ class SurvivalEstimator(SurvivalAnalysisMixin, BaseEstimator):  # type: ignore[m
         """Days at the end of each time bin, (T,)."""
         model = self.model
         shape = model.abmil.shape if isinstance(model, SlideExpert) else model.about.study.shape
-        days: NDArray[np.float64] = BIN_DAYS * np.arange(1.0, shape.bins + 1)
-        return days
+        return bin_ends(shape.bins)
 
     def fit(self, X: object = None, y: object = None) -> SurvivalEstimator:
         """Return this estimator as it is: the model was trained where its patients are."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,12 +109,12 @@ def predict(site: Site, request: Request) -> Summary:
     source = _source(request.slides)
     folds = _training_folds(site, request.cancer)
     patients = _patients(request, source)
-    _check(patients, source, model.about, site)
+    facts = _checked(patients, source, model.about, site)
     request.out.mkdir(parents=True, exist_ok=True, mode=0o700)
     summary, found = Summary(out=str(request.out)), []
     names = _folder_names([patient.patient_id for patient in patients])
     for patient, name in zip(patients, names, strict=True):
-        slides, bag = _read(patient, source, request)
+        slides, bag = _read(patient, source, facts, request)
         fold = folds.get(patient.patient_id)
         (answer,) = model.predict([bag], model=request.model, folds=[fold])
         one = Predicted(patient=patient.patient_id, slides=tuple(slides), answer=answer)
@@ -214,20 +214,20 @@ def _patient(name: str, slides: Sequence[tuple[str, int]]) -> PatientOutcome:
     return known.with_slides(slides)
 
 
-def _check(
+def _checked(
     patients: Sequence[PatientOutcome], source: SlideSource, about: About, site: Site
-) -> None:
-    """Check every slide's header before the first is answered."""
+) -> dict[str, SlideFacts]:
+    """Check every slide's header before the first is answered; return what each says."""
     expected = SlideFacts(
         encoder=about.encoder or None,
         magnification=about.magnification or site.config.magnification,
         patch_size=about.patch_size,
     )
-    dim = about.study.shape.dim
+    dim, facts = about.study.shape.dim, {}
     for patient in patients:
         for slide, row in patient.numbered_slides():
-            path = _where(source, slide, row)
-            refuse_other(facts_of(source, slide), expected, path)
+            path, facts[slide] = _where(source, slide, row), facts_of(source, slide)
+            refuse_other(facts[slide], expected, path)
             patches, width = source.shape(slide)
             if not patches:
                 raise SlideFileError(path, "the slide's bag is empty", "Extract it again")
@@ -235,6 +235,7 @@ def _check(
                 problem = f"features are {width} wide, the model reads {dim}"
                 fix = f"Extract with the encoder of the study{_named(about.encoder)}"
                 raise BagShapeError(path, problem, fix)
+    return facts
 
 
 def _where(source: SlideSource, slide: str, row: int) -> str:
@@ -247,7 +248,7 @@ def _named(encoder: str) -> str:
 
 
 def _read(
-    patient: PatientOutcome, source: SlideSource, request: Request
+    patient: PatientOutcome, source: SlideSource, facts: Mapping[str, SlideFacts], request: Request
 ) -> tuple[list[Slide], torch.Tensor]:
     """Return a patient's slides and their patches as one bag."""
     slides, pieces, first = [], [], 0
@@ -256,11 +257,11 @@ def _read(
         if not all_finite(features):
             problem = "the slide's features hold NaN or infinite values"
             raise SlideFileError(_where(source, name, row), problem, "Extract it again")
-        facts = facts_of(source, name)
+        said = facts[name]
         corners = None if coords is None else coords.numpy()
-        size = request.patch_size or facts.patch_size_level0
+        size = request.patch_size or said.patch_size_level0
         guess = None if corners is None or size else spacing(corners)
-        known = (facts.width, facts.height) if facts.width and facts.height else None
+        known = (said.width, said.height) if said.width and said.height else None
         slides.append(
             Slide(
                 name=bare_name(name),
@@ -337,11 +338,13 @@ def _thumbnail(request: Request, slide: Slide, *, many: bool) -> Image.Image | N
 def _folder_names(names: Sequence[str]) -> list[str]:
     """Return names that any file system takes, each once."""
     found: list[str] = []
+    taken: set[str] = set()  # in lower case, which some file systems do not tell apart
     for name in names:
         safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:80] or "patient"
         number, unique = 1, safe
-        while unique.lower() in {one.lower() for one in found}:
+        while unique.lower() in taken:
             number += 1
             unique = f"{safe}-{number}"
         found.append(unique)
+        taken.add(unique.lower())
     return found

@@ -11,9 +11,10 @@ from torch import Tensor
 from cropkt.cohort.formats import (
     SUFFIXES,
     coords_of,
+    dtype_of,
     features_of,
+    is_compressed,
     shape_of,
-    storage_of,
     write_slide_h5,
 )
 from cropkt.cohort.names import SlideNames, bare_name
@@ -93,11 +94,11 @@ class SlideFolders(SlideSource):
 
     def dtype(self, slide_id: str) -> str:
         """Return float16 or float32, as features are read, from the header alone."""
-        return storage_of(self.path(slide_id))[0]
+        return dtype_of(self.path(slide_id))
 
     def compressed(self, slide_id: str) -> bool:
         """Return whether each reading has to decompress the file."""
-        return storage_of(self.path(slide_id))[1]
+        return is_compressed(self.path(slide_id))
 
     def stamp(self, slide_id: str) -> str:
         """Return the name, size and time of change of the file that is read."""

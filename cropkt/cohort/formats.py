@@ -41,16 +41,12 @@ def shape_of(path: Path) -> tuple[int, int]:
         return _shape(features, path)
 
 
-def storage_of(path: Path) -> tuple[str, bool]:
-    """Return the float type that features are read as, and whether they are compressed.
-
-    Raises as `shape_of`.
-    """
+def dtype_of(path: Path) -> str:
+    """Return the float type that features are read as; raises as `shape_of`."""
     with _opened(path) as (features, _):
         _shape(features, path)
         kind = str(features.dtype).removeprefix("torch.").lstrip("<>=")
-        half = kind in ("float16", "f2")
-        return "float16" if half else "float32", bool(getattr(features, "compression", None))
+        return "float16" if kind in ("float16", "f2") else "float32"
 
 
 def features_of(path: Path) -> Tensor:
@@ -78,17 +74,16 @@ def coords_of(path: Path) -> Tensor | None:
         return positions.to(torch.int64)
 
 
-def compression_of(path: Path) -> str | None:
-    """Return by what the features in an HDF5 file are packed, such as gzip; None if by nothing.
+def is_compressed(path: Path) -> bool:
+    """Return whether each reading has to decompress the features, which HDF5 alone can hold so.
 
     Raises:
         SlideFileError: it cannot be read.
     """
     if path.suffix.lower() not in (".h5", ".hdf5"):
-        return None
+        return False
     with _open_h5(path) as (features, _):
-        kind: str | None = features.compression
-        return kind
+        return features.compression is not None
 
 
 def write_slide_h5(

@@ -23,9 +23,11 @@ from cropkt.experts.abmil import flatten
 from cropkt.experts.training import Plan, hash_seed, moments
 from cropkt.prediction.kept import PERCENTILES, WHICH, About, OutOfFold, Source, Which, write
 from cropkt.survival.baseline import DRAWS, Baseline
-from cropkt.survival.bins import BIN_DAYS
+from cropkt.survival.bins import bin_ends
 from cropkt.survival.metrics import Estimate
 from cropkt.transfer.arms import Job, router_arm
+from cropkt.transfer.guard import all_risks
+from cropkt.transfer.scores import in_units
 
 
 def release(
@@ -77,7 +79,7 @@ def release(
         mean, deviation = moments(cohort, Plan(target.folds, tuple(excluded)))
         tensors |= {f"mean/{view}": row for view, row in enumerate(mean.numpy())}
         tensors |= {f"deviation/{view}": row for view, row in enumerate(deviation.numpy())}
-    ends = BIN_DAYS * np.arange(1, study.shape.bins + 1)
+    ends = bin_ends(study.shape.bins)
     arms: dict[Which, Arm] = {"released": "auto", "local": "local"}
     arms["router"] = router_arm(study.router)
     about = About(
@@ -116,11 +118,8 @@ def final_risk(job: Job) -> NDArray[np.float64]:
 
     Each is judged by the own expert that left their fold out.
     """
-    risks = np.concatenate([job.target.local_risk()[None], job.opinions[0].risk])
-    risks = np.where(np.isfinite(risks).all(1, keepdims=True), risks, 0.0)
-    centre, deviation = job.guarded.units[:, :, None]
-    scaled = np.divide(risks - centre, deviation, out=np.zeros_like(risks), where=deviation > 1e-12)
-    risk: NDArray[np.float64] = job.guarded.final.weights @ scaled
+    risks = all_risks(job.target.local_risk(), job.opinions[0].risk)
+    risk: NDArray[np.float64] = job.guarded.final.weights @ in_units(risks, *job.guarded.units)
     return risk
 
 

@@ -43,6 +43,7 @@ class ReleasedModel:
         self.about, self._kept, self._device = kept.about, kept, device
         self._experts: dict[str, Abmil] = {}
         self._routers: dict[int, Roupkt] = {}
+        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # mean and deviation by view
         self._units: NDArray[np.float64] = kept.tensor("units")
         self._percentiles: NDArray[np.float64] = kept.tensor("percentiles")
         centre, spread = kept.tensor("scale")
@@ -204,12 +205,12 @@ class ReleasedModel:
         return self._routers[view]
 
     def _standardise(self, module: Abmil | Roupkt, view: int) -> None:
-        if self.about.study.training.standardise == "site":
-            mean, deviation = (
-                torch.from_numpy(self._kept.tensor(f"{name}/{view}"))
-                for name in ("mean", "deviation")
-            )
-            module.standardise(mean, deviation)
+        if self.about.study.training.standardise == "none":
+            return
+        if view not in self._inputs:
+            mean = torch.from_numpy(self._kept.tensor(f"mean/{view}"))
+            self._inputs[view] = mean, torch.from_numpy(self._kept.tensor(f"deviation/{view}"))
+        module.standardise(*self._inputs[view])
 
 
 class _Asked:

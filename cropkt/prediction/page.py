@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from importlib.resources import files
-
-from jinja2 import Environment, StrictUndefined
 
 from cropkt.prediction.answer import FEWEST, Answer, Probability
 from cropkt.prediction.kept import About
@@ -15,7 +12,7 @@ from cropkt.prediction.tables import INTERVALS, NOT_IN_INTERVALS, NOTICE, Predic
 from cropkt.report import canvas
 from cropkt.report.blocks import Picture
 from cropkt.report.names import named_in_full
-from cropkt.report.page import inline
+from cropkt.report.page import inline, template
 
 _WHO = {
     "released": "the model that this site's guard decided on",
@@ -47,15 +44,9 @@ def page(
         maps: name of a slide and its heat map as PNG.
         notes: what else a reader has to know.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        files(__package__).joinpath("patient.html.j2").read_text("utf-8")
-    )
     answer = one.answer
     curve = Picture("survival", "Predicted survival by year, with its interval")
-    text = template.render(
+    text = template(__package__, "patient.html.j2").render(
         notice=NOTICE,
         patient=one.patient,
         facts=_facts(about, one),

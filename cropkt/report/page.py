@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from cropkt.files import replace_file
 from cropkt.report import canvas, gain_sections, knowledge_sections, methods, patient_sections
@@ -67,11 +68,7 @@ def write_page(runs: Runs, folder: Path) -> list[Path]:
 
 
 def _render(runs: Runs, sections: list[Section], drawn: dict[str, str], names: list[str]) -> str:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_text("page.html.j2"))
-    return template.render(
+    return template(__package__, "page.html.j2").render(
         palette=palette(),
         facts=_facts(runs.results, runs.seeds),
         sections=sections,
@@ -82,11 +79,16 @@ def _render(runs: Runs, sections: list[Section], drawn: dict[str, str], names: l
 
 def palette() -> str:
     """Return the colours of every page, light and dark, as CSS variables."""
-    return _text("palette.css")
+    return files(__package__).joinpath("palette.css").read_text("utf-8")
 
 
-def _text(name: str) -> str:
-    return files(__package__).joinpath(name).read_text("utf-8")
+@cache
+def template(package: str, name: str) -> Template:
+    """Return the template of a page, which lies beside a package's modules."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(files(package).joinpath(name).read_text("utf-8"))
 
 
 def _facts(results: Results, seeds: list[int]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cropkt.survival.bins import BIN_DAYS
+from cropkt.survival.bins import bin_ends
 from cropkt.survival.calibration import RIDGE
 
 DRAWS = 200
@@ -68,7 +68,7 @@ class Baseline:
         cohort = _Deaths(x=x, counts=counts[:, latest], died=died, last=last)
         slope = cohort.slopes()
         steps = cohort.steps(slope)  # (1 + B, deaths)
-        ends = BIN_DAYS * np.arange(1, bins + 1)
+        ends = bin_ends(bins)
         hazard = steps @ (then[died][:, None] <= ends).astype(np.float64)
         return cls(slope=slope, hazard=hazard, centre=centre, spread=spread)
 

@@ -12,6 +12,12 @@ BINS = 32
 BIN_DAYS = 365
 
 
+def bin_ends(bins: int) -> NDArray[np.float64]:
+    """Return the last day of each of `bins` time bins, (T,)."""
+    ends: NDArray[np.float64] = BIN_DAYS * np.arange(1.0, bins + 1)
+    return ends
+
+
 def time_bins(
     days: NDArray[np.floating], *, bins: int = BINS, width: int = BIN_DAYS
 ) -> NDArray[np.int64]:

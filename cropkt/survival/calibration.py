@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sksurv.linear_model import CoxPHSurvivalAnalysis
 from sksurv.util import Surv
 
-from cropkt.survival.bins import BIN_DAYS
+from cropkt.survival.bins import bin_ends
 
 RIDGE = 1e-2  # keeps the slope of a risk that separates everybody finite
 
@@ -36,7 +36,7 @@ def calibrated(
         bins: T.
         kept: (n,) who may be learnt from; everybody by default.
     """
-    ends = BIN_DAYS * np.arange(1, bins + 1)
+    ends = bin_ends(bins)
     survival = np.ones((len(days), bins))
     for fold, risk in enumerate(answers):
         mine, known = folds == fold, folds != fold

@@ -99,12 +99,12 @@ def guarded(
         kept: (n,) False for patients who are answered but not learnt from; all are, if not given.
     """
     learnt = np.ones(len(folds), dtype=bool) if kept is None else kept
-    risks = _risks(own[0], sources[0])
+    risks = all_risks(own[0], sources[0])
     units = risks[:, learnt] if learnt.any() else risks
     decided = [_decided(pairs, days, event, folds, known=learnt, risks=risks)]
     for fold in range(int(folds.max()) + 1):
         mine = np.where(folds != fold, own[1 + fold], own[0])
-        risks = _risks(mine, sources[1 + fold])
+        risks = all_risks(mine, sources[1 + fold])
         known = learnt & (folds != fold)
         decided.append(_decided(pairs, days, event, folds, known=known, risks=risks))
     final, *views = decided
@@ -131,7 +131,7 @@ class _View:
     answers: dict[Arm, NDArray[np.float64]]  # (n,) each
 
 
-def _risks(own: NDArray[np.floating], sources: NDArray[np.floating]) -> NDArray[np.float64]:
+def all_risks(own: NDArray[np.floating], sources: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return all risks (1 + S, n), the own expert first; one that is not finite says nothing."""
     finite = np.isfinite(sources).all(1, keepdims=True)
     return np.concatenate([own[None], np.where(finite, sources, 0.0)]).astype(np.float64)

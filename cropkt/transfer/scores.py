@@ -32,8 +32,14 @@ class ZeroShot:
 def standardised(risk: NDArray[np.floating], reference: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return risks (S, n) in units of the reference patients (n,); a constant becomes 0."""
     known = risk[:, reference]
-    centred = risk - known.mean(1, keepdims=True)
-    deviation = known.std(1, keepdims=True)
+    return in_units(risk, known.mean(1), known.std(1))
+
+
+def in_units(
+    risk: NDArray[np.floating], mean: NDArray[np.floating], deviation: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Return risks (S, n) in units of their mean and deviation (S,); a constant becomes 0."""
+    centred, deviation = risk - mean[:, None], deviation[:, None]
     scaled: NDArray[np.float64] = np.divide(
         centred, deviation, out=np.zeros_like(centred, dtype=np.float64), where=deviation > 1e-12
     )

@@ -438,7 +438,9 @@ def _detach(folder: Path, linger: float, board: int | None) -> None:
 
 def _board_url(folder: Path, coordinator: subprocess.Popen[bytes]) -> str:
     """Return the address of the board that a coordinator has just begun; none if it has not."""
-    path, until = folder / "board.url", time.monotonic() + LONGEST_BOARD
+    from cropkt_server.board.process import URL_NAME
+
+    path, until = folder / URL_NAME, time.monotonic() + LONGEST_BOARD
     while time.monotonic() < until and coordinator.poll() is None:
         with contextlib.suppress(FileNotFoundError):
             return path.read_text().strip()

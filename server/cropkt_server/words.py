@@ -63,9 +63,8 @@ def site_words(site: SiteStatus) -> SiteWords:
     doing = ""
     if site.doing:
         here = site.online or site.state == "simulated"
-        how = "at work on" if here else "was sent"
-        doing = f"{how} {row_words(site.doing, site.site)} at {when(site.since)}"
-        doing = doing.replace(" at ", " since ", 1) if here else doing
+        how, link = ("at work on", "since") if here else ("was sent", "at")
+        doing = f"{how} {row_words(site.doing, site.site)} {link} {when(site.since)}"
     given = f"gave {' '.join(site.contributed)}" if site.contributed else ""
     if not given and site.state in ("enrolled", "revoked", "simulated"):
         given = "gave no expert yet" if site.state != "revoked" else "gave no expert"

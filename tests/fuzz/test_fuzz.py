@@ -47,7 +47,7 @@ def reading(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return dict(found)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
     before = _resident()
     yield

@@ -18,7 +18,7 @@ from cropkt.checkup import Finding, fail, ok, skipped, warn
 from cropkt.cohort.bags import Cohort
 from cropkt.cohort.checks import all_finite
 from cropkt.cohort.features import SlideFolders
-from cropkt.cohort.formats import compression_of, features_of
+from cropkt.cohort.formats import features_of, is_compressed
 from cropkt.cohort.source import SlideSource
 from cropkt.errors import DataError
 from cropkt_client.doctor import machine
@@ -105,7 +105,7 @@ class Reading:
         _judge(seen, features)
         digest = hashlib.blake2b(features.numpy().data, digest_size=16).digest()
         seen.owners.setdefault(digest, []).append(owner)
-        if path is not None and compression_of(path):
+        if path is not None and is_compressed(path):
             seen.compressed.append(path)
 
     def _compression(self, seen: _Seen) -> Finding:

@@ -47,10 +47,11 @@ def check_records(folder: Path, settings: Settings) -> Iterator[Finding]:
             yield skipped(check, "a database cannot be used")
         return
     yield ok("databases", "all open, of a known schema, and whole")
-    with closing(Findings(folder, settings.study).store) as kept:
+    findings = Findings(folder, settings.study, read_only=True)
+    with closing(findings.store) as kept:
         yield _unchanged(kept, settings)
         yield _answers(kept)
-    yield _bank(folder, settings)
+        yield _bank(findings)
     yield from _sites(folder, settings)
 
 
@@ -73,21 +74,19 @@ def _answers(kept: store.Store) -> Finding:
     return ok("answers", f"{done} rows are done, and their answers are here")
 
 
-def _bank(folder: Path, settings: Settings) -> Finding:
+def _bank(findings: Findings) -> Finding:
     """Check the signature of every expert, its signer, and its weights where they are kept."""
-    with closing(roster.Roster(folder)) as known:
+    folder, problems = findings.store.folder, []
+    with closing(roster.Roster(folder, read_only=True)) as known:
         keys = {site.name: site.signing_key for site in known.sites()}
-    problems = []
-    findings = Findings(folder, settings.study)
-    with closing(findings.store) as kept:
-        experts = kept.bank.experts()
-        for expert in experts:
-            try:
-                _check(expert, findings, keys, Keys.of(folder))
-            except (ArtifactError, MessageError, OSError) as error:
-                name = expert.signed.hash[:16]
-                why = error.problem if isinstance(error, ArtifactError) else "it cannot be read"
-                problems.append(f"{name}: {why}")
+    experts = findings.store.bank.experts()
+    for expert in experts:
+        try:
+            _check(expert, findings, keys, Keys.of(folder))
+        except (ArtifactError, MessageError, OSError) as error:
+            name = expert.signed.hash[:16]
+            why = error.problem if isinstance(error, ArtifactError) else "it cannot be read"
+            problems.append(f"{name}: {why}")
     if problems:
         problem = f"{len(problems)} of {len(experts)} experts: {'; '.join(problems[:3])}"
         fix = "Restore the study's folder from a backup, or: cropkt-server revoke --expert HASH"
