@@ -433,7 +433,7 @@ def _answers(task: Task, reply: Message) -> bool:
 def _cause(failure: Failure) -> str:
     """Return a site's code with what it means, where the site decided so itself."""
     meaning = {
-        "budget": ": the cohort's privacy budget is used up",
+        "budget": ": the cohort's privacy budget is used up, or its record is lost",
         "policy": ", which lets no such answer leave the site",
         "suppressed": ": too few patients or events at the site",
         "refused_release": ": the site does not release its answer",
