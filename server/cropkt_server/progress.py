@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from cropkt_server.status import read_status
 from cropkt_server.store import STAGES, Task, read_tasks
 
 LOOK = 0.25  # seconds between looks at the table
@@ -112,6 +113,10 @@ def _lines(folder: Path, say: Callable[[str], None], stop: threading.Event) -> N
             if task.state == "held" and f"held {task.id}" not in told:
                 told.add(f"held {task.id}")
                 say(f"{task.id} waits for approval at the site")
+        settled = all(task.state in ("done", "failed") for task in tasks)
+        if settled and not last and (waits := read_status(folder).waits) and waits not in told:
+            told.add(waits)
+            say(f"The study waits for more sites: {waits}")
         states = Counter((task.kind, task.state in ("done", "failed")) for task in tasks)
         for index, stage in enumerate(STAGES):
             complete = states[stage, True] and not states[stage, False]

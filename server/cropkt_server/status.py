@@ -60,6 +60,7 @@ class StudyStatus:
     failed: dict[str, str]  # row to cause
     held: tuple[str, ...]  # rows that wait for approval at their site
     missing: dict[str, str]  # site to cause
+    waits: str  # why it goes no further though everything asked is answered; nothing if it does
     received: int | None  # bytes from all sites; None: nobody counted
     sent: int | None
 
@@ -86,6 +87,7 @@ def read_status(folder: Path) -> StudyStatus:
     with closing(Store(folder, read_only=True)) as store:
         closed, paused, tasks = store.closed, store.paused, store.tasks()
         bank = json.loads(store.meta("decided/bank") or "[]")
+        gathered = store.meta("decided/gathered") is not None
     failed = {task.id: task.cause for task in tasks if task.state == "failed"}
     absent = missing(members, tasks)
     over = closed or (simulated and bool(tasks) and all(_settled(task) for task in tasks))
@@ -126,8 +128,20 @@ def read_status(folder: Path) -> StudyStatus:
         failed=failed,
         held=tuple(task.id for task in tasks if task.state == "held"),
         missing=absent,
+        waits="" if over or simulated or gathered else _waits(tasks, settings.min_sites),
         received=sum(one.received for one in traffic.values()) if traffic else None,
         sent=sum(one.sent for one in traffic.values()) if traffic else None,
+    )
+
+
+def _waits(tasks: list[Task], min_sites: int) -> str:
+    """Return what sites are lacking before experts are shared; nothing while some work."""
+    described = sum(task.kind == "describe" and task.state == "done" for task in tasks)
+    if not tasks or described >= min_sites or not all(_settled(task) for task in tasks):
+        return ""
+    return (
+        f"{described} of {min_sites} sites (min_sites) have described themselves; "
+        "retry what failed, invite more, or lower min_sites in study.yaml and start again"
     )
 
 

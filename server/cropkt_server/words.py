@@ -121,7 +121,9 @@ def stage_lines(status: StudyStatus) -> Iterator[tuple[str, str]]:
 
 
 def trouble(status: StudyStatus) -> Iterator[str]:
-    """Yield a line for each row that waits or failed and for each site that is missing."""
+    """Yield a line for all that waits or failed and for each site that is missing."""
+    if status.waits:
+        yield f"waits for more sites: {status.waits}"
     for row in status.held:
         yield f"waits for approval at the site: {row}"
     for row, cause in status.failed.items():

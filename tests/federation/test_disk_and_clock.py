@@ -24,6 +24,7 @@ BALLAST = "ballast"
 SKEW = 600  # seconds
 SHIFTED = """
 import datetime, os, time
+import pandas  # while it can still see the real class: its C code ends the process otherwise
 ahead = float(os.environ["CLOCK_AHEAD"])
 true_time, true_datetime = time.time, datetime.datetime
 class Shifted(true_datetime):

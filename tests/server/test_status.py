@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cropkt.cancers import Cancer
 from cropkt_server import lock
+from cropkt_server.progress import shown
 from cropkt_server.roster import Roster, Traffic
 from cropkt_server.settings import Settings, save_settings
 from cropkt_server.status import SILENT, StudyStatus, read_status
@@ -131,6 +132,29 @@ def test_a_study_that_is_over_is_finished_only_if_nothing_is_missing(
         False,
     )
     assert not any("finished" in line for line in in_words(status))
+
+
+def test_a_study_that_waits_for_more_sites_says_so(folder: Path, enrol: Enrol) -> None:
+    save_settings(Settings(name="eye", host="localhost:1", min_sites=2), folder)
+    for site in ("lumc", "ucl"):
+        enrol(site)
+    ones = [Task(kind="describe", site=site) for site in ("lumc", "ucl")]
+    lines: list[str] = []
+    with closing(Store(folder)) as store:
+        store.add(ones)
+        store._set(ones[0], "done", "")
+        assert read_status(folder).waits == ""  # the other one is at work
+        store._set(ones[1], "failed", "data")
+        waits = read_status(folder).waits
+        assert waits.startswith("1 of 2 sites (min_sites) have described themselves; retry")
+        assert f"waits for more sites: {waits}" in list(in_words(read_status(folder)))
+        with shown(folder, Console(file=io.StringIO()), say=lines.append):
+            deadline = time.monotonic() + 10
+            while not any("waits" in line for line in lines) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        assert lines.count(f"The study waits for more sites: {waits}") == 1
+        store._set(ones[1], "done", "")
+    assert read_status(folder).waits == ""
 
 
 def test_bytes_are_added_up_over_restarts(folder: Path, enrol: Enrol) -> None:
