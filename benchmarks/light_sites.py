@@ -37,7 +37,7 @@ import cropkt
 from cropkt.cancers import Cancer
 from cropkt.config import StudyConfig
 from cropkt.errors import CropktError, UnavailableError
-from cropkt.experts.abmil import Abmil, flatten, parameter_count
+from cropkt.experts.abmil import Abmil, flatten
 from cropkt.experts.artifact import m0_hash
 from cropkt.experts.card import Card, models_of, public_text, sign, training_hash
 from cropkt.experts.training import cross_fitted
@@ -62,7 +62,6 @@ from cropkt.messages import (
     Weights,
     pack,
 )
-from cropkt.transfer.roupkt import Roupkt
 from cropkt.wire import from_record, to_record
 from cropkt_client.enrol import Keys
 from cropkt_client.link import Coordinator
@@ -250,13 +249,16 @@ def _transfer(site: LightSite, request: TransferRequest) -> TransferReply:
 
 
 def _router(site: LightSite, request: RouterRequest) -> RouterReply:
-    rows = 1 + request.study.folds if request.shared else 1
-    width = router_parameters(request.study, experts=1 + len(request.sources))
+    weights = None
+    if request.shared:
+        shape, heads = request.study.shape, request.study.router.warm_start
+        width = shape.router_parameters(experts=1 + len(request.sources), own_heads=heads)
+        weights = _small(request.task, 1 + request.study.folds, width)
     return RouterReply(
         task=request.task,
         cancer=request.cancer,
         events=EVENTS,
-        weights=_small(request.task, rows, width),
+        weights=weights,
         seconds=0.0,
     )
 
@@ -297,9 +299,3 @@ def initial(study: StudyConfig) -> Weights:
     m0 = Abmil.initial(study.shape, seed=study.seed, hazard=study.initial_hazard)
     weights: Weights = flatten(m0)[0].numpy()
     return weights
-
-
-@lru_cache
-def router_parameters(study: StudyConfig, *, experts: int) -> int:
-    """Return the number of weights of a router over `experts` experts."""
-    return parameter_count(Roupkt(study.shape, experts=experts, own_heads=study.router.warm_start))

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from cropkt.errors import ConfigError
 
+MAX_WEIGHTS = 1 << 29  # float32 values of one message's arrays, or of one site's models: 2 GiB
 _STRICT = ConfigDict(extra="forbid")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -55,6 +56,27 @@ class ExpertShape:
     embed: Annotated[int, Field(ge=1, le=4_096)] = 512  # slide feature
     attention: Annotated[int, Field(ge=1, le=4_096)] = 384
     bins: Annotated[int, Field(ge=1, le=256)] = 32  # of 365 days, the last one open
+
+    @property
+    def parameters(self) -> int:
+        """How many weights one expert has."""
+        return self._pooling + self.bins * (self.embed + 1)
+
+    def router_parameters(self, *, experts: int, own_heads: bool) -> int:
+        """Return how many weights a router over so many experts has, its own one among them.
+
+        Args:
+            experts: how many.
+            own_heads: each has a head of its own.
+        """
+        heads = experts if own_heads else 1
+        adapters = experts * self.embed * (self.embed + 2)  # a gate, a matrix and a bias each
+        return self._pooling + adapters + heads * self.bins * (self.embed + 1)
+
+    @property
+    def _pooling(self) -> int:
+        gates = 2 * self.attention * (self.embed + 1)
+        return self.embed * (self.dim + 1) + gates + self.attention + 1
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -122,6 +144,17 @@ class StudyConfig:
     shape: ExpertShape = field(default_factory=ExpertShape)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse widths whose models no message could carry: nothing is allocated for them."""
+        if self.models * self.shape.parameters > MAX_WEIGHTS:
+            text = f"{self.models} models of {self.shape.parameters} weights are more than"
+            raise ValueError(f"{text} {MAX_WEIGHTS}; choose smaller widths or fewer folds")
+
+    @property
+    def models(self) -> int:
+        """How many models a nested cross-fitting has: all folds, without one, without two."""
+        return 1 + self.folds + self.folds * (self.folds - 1) // 2
 
     def hash(self) -> str:
         """Return a short SHA-256 of every value: the same hash, the same study."""

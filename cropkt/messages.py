@@ -22,8 +22,8 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 from pydantic.dataclasses import dataclass
 
 from cropkt.cancers import Cancer
+from cropkt.config import MAX_WEIGHTS, Encoder, StudyConfig
 from cropkt.config import Arm as Arm
-from cropkt.config import Encoder, StudyConfig
 from cropkt.config import SiteName as SiteName
 from cropkt.errors import MessageError
 from cropkt.experts.card import MAX_CARD, hash_of
@@ -32,7 +32,6 @@ from cropkt.files import write_atomically
 PROTOCOL: Literal[1] = 1
 MAX_TEXT = 1 << 20  # characters of one message's JSON
 MAX_ITEMS = 1 << 14  # numbers, texts and lists in it
-MAX_WEIGHTS = 1 << 29  # float32 values of one message's arrays, 2 GiB
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 Weights = NDArray[np.float32]
@@ -273,13 +272,13 @@ class RouterRequest(Message):
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RouterReply(Message):
-    """The site's router, adapters and head; a private site keeps them."""
+    """The site's routers, where other sites average them with theirs; they stay there otherwise."""
 
     kind: ClassVar[str] = "train.router"
     cancer: Cancer
     patients: Patients | None = None
     events: Patients | None
-    weights: Weights | None  # (1, parameters), (1 + folds, ...) where shared; None: stays there
+    weights: Weights | None  # (1 + folds, parameters) where the cancer is shared; None: stays there
     seconds: Seconds
 
 

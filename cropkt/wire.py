@@ -12,8 +12,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 
+from cropkt.config import MAX_WEIGHTS
 from cropkt.errors import MessageError
-from cropkt.messages import MAX_WEIGHTS, Message, Weights, pack, unpack
+from cropkt.messages import Message, Weights, pack, unpack
 
 LARGE = 1 << 20  # bytes of a row, from which on an array's rows travel as parts of their own
 """Flower stores a part once, however many sites it goes to; many small parts would be slow."""
@@ -40,26 +41,31 @@ def payload(message: FlowerMessage) -> Payload:
 
     The payload is the JSON text of the message followed by the .npy images of its arrays' parts,
     by name; the text declares the arrays, so that the bytes can be read in one way only. Of a
-    Flower error it is code and reason.
+    Flower error it is code and reason. The parts' names count in the digest and not in the size.
 
     Raises:
         MessageError: the message carries something else beside.
     """
     size, digest = 0, hashlib.sha256()
-    for part in _parts(message):
+    for name, part in _parts(message):
         size += len(part)
+        digest.update(name.encode())
         digest.update(part)
     return Payload(size, digest.hexdigest())
 
 
-def _parts(message: FlowerMessage) -> Iterator[bytes]:
+def _parts(message: FlowerMessage) -> Iterator[tuple[str, bytes]]:
+    """Yield all that a message carries, by name."""
     if message.has_error():
-        yield f"{message.error.code} {message.error.reason}".encode()
+        yield "", f"{message.error.code} {message.error.reason}".encode()
         return
     text, arrays = _contents(message.content)
-    yield text.encode()
+    yield "", text.encode()
     for name in sorted(arrays):
-        yield arrays[name].data
+        array, plain = arrays[name], Array(_flat(arrays[name]))
+        if (array.dtype, array.shape, array.stype) != (plain.dtype, plain.shape, plain.stype):
+            raise MessageError("message", "an array says of itself what its bytes do not")
+        yield name, array.data
 
 
 def to_record(message: Message) -> RecordDict:

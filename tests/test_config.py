@@ -9,6 +9,7 @@ import pytest
 
 from cropkt.config import PUBLISHED, StudyConfig, parse_study, with_shape
 from cropkt.errors import ConfigError
+from cropkt.experts.training import cross_fitted
 
 OTHER: dict[str, Any] = {
     "purpose": "audit",
@@ -121,3 +122,10 @@ def test_other_widths() -> None:
     study = with_shape(PUBLISHED, dim=8, bins=4)
     assert (study.shape.dim, study.shape.embed, study.shape.bins) == (8, 512, 4)
     assert replace(study, shape=PUBLISHED.shape) == PUBLISHED
+
+
+def test_widths_whose_models_no_message_could_carry_are_refused() -> None:
+    large = {"shape": {"dim": 16_384, "embed": 4_096, "attention": 4_096}, "folds": 10}
+    with pytest.raises(ConfigError, match=r"56 models of \d+ weights are more than 536870912"):
+        parse_study(large, "study.yaml")
+    assert StudyConfig(folds=10).models == len(cross_fitted(10)) == 56

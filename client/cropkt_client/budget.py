@@ -8,19 +8,24 @@ it made may leave, the payment is used, and the same training once more has to b
 What counts is the history of mechanisms, not a sum: the epsilon of all of it together is computed
 for the delta that `site.yaml` says now.
 
-The file is `<state>/budget.sqlite`. That it was removed, or an older copy put back, shows in two
-other files: `<state>/budget.count` has the number of payments, and the egress ledger the epsilon
-with which a cohort's answers left. Where the payments are fewer than that, nothing is spent and
-nothing leaves. What cannot be seen from here: all three removed, or put back together.
+The file is `cropkt-budget/budget.sqlite` beside the table of outcomes: all studies of the same
+patients, each with a state folder of its own, spend from one. That it was removed, or an older copy
+put back, shows in two other files: `budget.count` beside it has the number of payments, and the
+egress ledger of the study the epsilon with which a cohort's answers left. Where the payments are
+fewer than that, or answers left without differential privacy before, nothing is spent and nothing
+leaves. What cannot be seen from here: all three removed, or put back together; and what left in
+another study before the site was private.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,9 +37,9 @@ from cropkt.experts.card import Card
 from cropkt.files import write_private
 from cropkt_client.ledger import Ledger
 from cropkt_client.policy import of_cancer
-from cropkt_client.settings import Privacy, read_settings
+from cropkt_client.settings import Privacy, SiteConfig, read_settings
 
-NAME, COUNT_NAME = "budget.sqlite", "budget.count"
+FOLDER, NAME, COUNT_NAME = "cropkt-budget", "budget.sqlite", "budget.count"
 _PATIENCE = 600.0  # seconds to wait for another process, which computes an epsilon meanwhile
 _SCHEMAS = (
     """
@@ -72,13 +77,27 @@ class Budget:
     """The budget of one site's cohorts.
 
     Args:
-        state: the site's state folder.
+        folder: where it lies.
         privacy: what may be spent.
+        state: the site's state folder, where its ledger lies; `folder` if not given.
     """
 
-    def __init__(self, state: Path, privacy: Privacy) -> None:
-        self._path, self._count, self._privacy = state / NAME, state / COUNT_NAME, privacy
-        self._ledger = Ledger(state)
+    def __init__(self, folder: Path, privacy: Privacy, *, state: Path | None = None) -> None:
+        self._path, self._count, self._privacy = folder / NAME, folder / COUNT_NAME, privacy
+        self._ledger = Ledger(state or folder)
+
+    @classmethod
+    def of(cls, folder: Path, settings: SiteConfig) -> Budget | None:
+        """Return the budget of a site; None if it is not private.
+
+        Args:
+            folder: of its `site.yaml`.
+            settings: what that says.
+        """
+        if settings.privacy is None:
+            return None
+        beside = (folder / settings.outcomes).resolve().parent
+        return cls(beside / FOLDER, settings.privacy, state=folder / settings.state)
 
     def pay(self, mechanism: Mechanism, *, cancer: Cancer, task: str, request: str) -> Payment:
         """Write down a release that is about to be trained.
@@ -209,12 +228,15 @@ class Budget:
             raise ConfigError(self._count, "is no number", fix) from None
 
     def _left(self) -> dict[Cancer, float]:
-        """Return the highest epsilon with which answers about each cohort left, by the ledger."""
+        """Return the highest epsilon with which answers about each cohort left, by the ledger.
+
+        It is infinite where one left without differential privacy.
+        """
         cohorts, left = {of_cancer(cancer): cancer for cancer in Cancer}, dict[Cancer, float]()
         for row in self._ledger.rows():
             for cancer in filter(None, map(cohorts.get, row.checked.split("; "))):
-                if row.epsilon:
-                    left[cancer] = max(left.get(cancer, 0.0), row.epsilon)
+                told = inf if row.epsilon is None else row.epsilon
+                left[cancer] = max(left.get(cancer, 0.0), told)
         return left
 
     def _check(
@@ -229,6 +251,12 @@ class Budget:
         if found < counted:
             self._refuse(f"{counted} payments were made, and {found} are here")
         for cancer, epsilon in left.items():
+            if epsilon == inf:
+                raise BudgetError(
+                    "site.yaml: privacy",
+                    f"answers about {cancer} left without differential privacy before",
+                    "What left cannot be taken back: no epsilon bounds what is known of them now",
+                )
             known = 0.0 if database is None else self._highest(database, cancer, epsilon)
             if epsilon > known + 2 * EPSILON_ERROR:
                 self._refuse(
@@ -264,7 +292,11 @@ class Budget:
             BudgetError: payments are gone from it.
             ConfigError: it is damaged.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            fix = "Let the client write beside the table of outcomes: the budget lies there"
+            raise ConfigError(self._path.parent, os.strerror(error.errno or 0), fix) from None
         counted, left = self._counted(), self._left()  # first: others may pay meanwhile
         if not self._path.exists():
             self._check(None, counted, left)
@@ -285,10 +317,8 @@ def spent_on(config: Path) -> Callable[[Cancer], float | None]:
     """Return what tells a gate the epsilon spent on a cohort of the site of a `site.yaml`."""
 
     def spent(cancer: Cancer) -> float | None:
-        settings = read_settings(config)
-        if settings.privacy is None:
-            return None
-        return Budget(config.parent / settings.state, settings.privacy).spent(cancer)
+        budget = Budget.of(config.parent, read_settings(config))
+        return None if budget is None else budget.spent(cancer)
 
     return spent
 

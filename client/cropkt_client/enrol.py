@@ -174,7 +174,8 @@ release:
 
 # DECIDE: whether what leaves is differentially private. With this section one expert, trained with
 # noise, leaves and no score; all that ever leaves of one of the cancers tells of a patient at most
-# epsilon. It is never given back; other numbers here later do not change what was spent.
+# epsilon. It is never given back; other numbers here later do not change what was spent, which is
+# written down in cropkt-budget/ beside the table of outcomes: one budget for all studies of it.
 # privacy:
 #   epsilon: 8
 #   delta: 1.0e-5  # below one over the number of patients

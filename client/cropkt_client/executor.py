@@ -45,7 +45,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from cropkt.errors import CropktError, DiskFullError, MessageError
 from cropkt.messages import REQUESTS, Code
 from cropkt.wire import from_record
-from cropkt_client.gate import Gate
+from cropkt_client.gate import FOREIGN, Gate
 from cropkt_client.log import Status
 from cropkt_client.worker import Worker, WorkerDiedError
 
@@ -163,8 +163,7 @@ class Executor(threading.Thread):
                 text = f"refused a foreign bundle {got[:16]}; nothing of it was executed"
                 log.error("%s: %s", kind, text)
                 self._status.failed(text)
-                reason = "not the bundle of this version of cropkt"
-                refusal = self._gate.error(ErrorCode.INVALID_FAB, reason, to=message)
+                refusal = self._gate.error(ErrorCode.INVALID_FAB, FOREIGN, to=message)
                 self._deliver(client, refusal, context, SubStatus.FAILED)
                 return
             log.info("%s: begins", kind)

@@ -32,7 +32,8 @@ from cropkt_client.settings import ReleasePolicy, read_settings
 
 log = logging.getLogger("cropkt.client")
 
-_REASON = re.compile(r"[a-z0-9 ]{0,80}")  # of a Flower error: a template, no text of an exception
+FOREIGN = "not the bundle of this version of cropkt"
+_REASON = re.compile(rf"{FOREIGN}|reference [0-9a-f]{{8}}")  # all that a Flower error may say
 _CODE_ONLY = "a code and a reference, no text"
 Spent = Callable[[Cancer], float | None]
 
@@ -70,13 +71,12 @@ class Gate:
             ConfigError: the file, or the site's enrolment, is damaged.
         """
         settings = read_settings(config)
-        state, privacy = config.parent / settings.state, settings.privacy
         return cls(
             site=settings.site,
-            state=state,
+            state=config.parent / settings.state,
             release=settings.release,
             spent=spent,
-            budget=None if privacy is None else Budget(state, privacy),
+            budget=Budget.of(config.parent, settings),
         )
 
     def admit(self, request: Message) -> None:
@@ -133,6 +133,8 @@ class Gate:
             if held is None:
                 raise MessageError(request.task, "no answer to it is held")
             rules = policy.admit(self._policy, held.question)
+            if (held.study, held.recipient) != (self._study, self._recipient):
+                raise MessageError(request.task, "it is held for somebody else")
             if policy.version(rules) != held.policy:
                 raise MessageError(request.task, "the policy has changed since it was held")
             answer = self._shelf.answer(held)
@@ -167,7 +169,7 @@ class Gate:
         """Return a Flower error, for a message that names no task.
 
         Raises:
-            MessageError: the reason is more than a few plain words.
+            MessageError: the reason is none of the two that there are.
         """
         if not _REASON.fullmatch(reason):
             raise MessageError("gate", "the reason of an error is not a template")

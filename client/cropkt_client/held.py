@@ -1,11 +1,13 @@
 """Answers that wait until somebody at the hospital approves them, and what was decided.
 
 Of each there are two files in `<state>/held`: the answer exactly as it would leave, and a JSON
-text about it. A decision is about one payload: other bytes have to be approved anew.
+text about it. A decision is about one payload for one recipient and purpose: other bytes, or the
+same for somebody or something else, have to be approved anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pwd
@@ -25,7 +27,7 @@ from cropkt.messages import REPLIES, Message, TaskId, load, save
 from cropkt_client.settings import Asked
 
 Decision = Literal["waiting", "approved", "refused"]
-_SHORT = 8  # characters of the payload's hash that make an id
+_SHORT = 8  # characters of a hash that make an id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class Question:
     task: TaskId
     purpose: Purpose
     cancer: Cancer | None = None
-    models: int = 1  # at most so many may come back
+    models: int = 0  # that come back, if any do
+    parameters: int = 0  # of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,9 @@ class Held:
 
     @property
     def id(self) -> str:
-        """The name that people type."""
-        return self.sha256[:_SHORT]
+        """The name that people type: of these bytes for this recipient and purpose."""
+        what = (self.sha256, self.study, self.recipient, self.question.purpose)
+        return hashlib.sha256("\n".join(what).encode()).hexdigest()[:_SHORT]
 
 
 class Shelf:
@@ -69,19 +73,14 @@ class Shelf:
 
     def put(self, held: Held, answer: Message) -> Held:
         """Keep an answer; what was decided of the same one before stands."""
-        before = self.find(held.sha256)
-        if before is None:
+        before = self._read(self._file(held, "json"))
+        if before is None or before.sha256 != held.sha256:
             save(answer, self._file(held, "npz"))
         else:
             held = replace(before, question=held.question, checked=held.checked, policy=held.policy)
         if held != before:
             self._write(held)
         return held
-
-    def find(self, sha256: str) -> Held | None:
-        """Return what is known of a payload."""
-        found = self._read(self._folder / f"{sha256[:_SHORT]}.json")
-        return found if found and found.sha256 == sha256 else None
 
     def of_task(self, task: str) -> Held | None:
         """Return the newest answer to a task."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -80,20 +80,29 @@ def question(request: Message) -> Question:
     """
     if not isinstance(request, _QUESTIONS):
         raise MessageError(type(request).__name__, "asks nothing that has an answer")
-    k, models = request.study.folds, 1
-    if isinstance(request, ExpertRequest) and request.shared:
-        models += k + k * (k - 1) // 2  # of all patients, without a fold, without two
-    elif isinstance(request, FedAvgRequest) or (
-        isinstance(request, RouterRequest) and request.shared
-    ):
-        models += k
+    models, parameters = _models(request)
     return Question(
         kind=cast(Asked, request.kind),
         task=request.task,
         purpose=request.study.purpose,
         cancer=getattr(request, "cancer", None),
         models=models,
+        parameters=parameters,
     )
+
+
+def _models(request: Message) -> tuple[int, int]:
+    """Return how many models a request asks for, and the number of weights of each."""
+    if isinstance(request, ExpertRequest):
+        models = request.study.models if request.shared else 1
+        return models, request.study.shape.parameters
+    if isinstance(request, FedAvgRequest):
+        return 1 + request.study.folds, request.study.shape.parameters
+    if isinstance(request, RouterRequest) and request.shared:
+        heads = request.study.router.warm_start
+        shape, experts = request.study.shape, 1 + len(request.sources)
+        return 1 + request.study.folds, shape.router_parameters(experts=experts, own_heads=heads)
+    return 0, 0
 
 
 def admit(policy: ReleasePolicy | None, asked: Question) -> ReleasePolicy:
@@ -139,6 +148,7 @@ def within(
     answer, checks = _in_form(policy, answer, asked, site)
     if paid is not None:
         checks.append(private(answer, paid))
+    checks += _models_in(answer, asked)
     checks.append(f"counts rounded to {policy.round_counts_to}")
     bounds = f"{policy.minimum_patients} patients and {policy.minimum_events} events"
     if isinstance(answer, DescribeReply):
@@ -153,8 +163,8 @@ def within(
             _check_card(card, answer, policy)
             checks.append("its signed card tells no more")
         checks += _audited(card, policy)
-    if isinstance(answer, FedAvgReply):
-        checks += _audited(None, policy)
+    elif getattr(answer, "weights", None) is not None:
+        checks += _audited(None, policy)  # no card and no audit: not where there is a limit
     enough = _enough(answer, policy)
     if isinstance(answer, ExpertReply | RouterReply | FedAvgReply) and not enough:
         raise SuppressedError(asked.task, f"its cohort has not {bounds}")
@@ -245,12 +255,22 @@ def _in_form(
     checks = [f"fields, types and bounds of {kind.__name__}", f"purpose {asked.purpose}"]
     if asked.cancer is not None:
         checks.append(of_cancer(asked.cancer))
-    for array in (getattr(answer, name) for name in sorted(arrays)):
-        if len(array) > asked.models:
-            problem = f"holds {len(array)} models where {asked.models} were asked for"
-            raise MessageError(kind.__name__, problem)
-        checks.append(f"{len(array)} x {array.shape[1]} float32, finite")
     return answer, checks
+
+
+def _models_in(answer: Message, asked: Question) -> Iterator[str]:
+    """Yield in words which models an answer holds.
+
+    Raises:
+        MessageError: it holds others than were asked for.
+    """
+    arrays = [getattr(answer, item.name) for item in fields(answer)]
+    for array in (one for one in arrays if isinstance(one, np.ndarray)):
+        if array.shape != (asked.models, asked.parameters):
+            asked_for = f"{asked.models} of {asked.parameters} weights were asked for"
+            problem = f"holds {len(array)} models of {array.shape[1]} weights where {asked_for}"
+            raise MessageError(type(answer).__name__, problem)
+        yield f"{len(array)} x {array.shape[1]} float32, finite"
 
 
 def version(policy: ReleasePolicy) -> str:

@@ -51,6 +51,7 @@ class PrivateExpert:
     site: Site
     cohort: Cohort
     privacy: Privacy
+    budget: Budget
     payment: Payment
 
     @classmethod
@@ -62,15 +63,15 @@ class PrivateExpert:
             ConfigError: the study's training, or the cohort's size, does not allow it.
             RefusedError: the cancer is shared.
         """
-        privacy = site.config.privacy
-        if privacy is None:
+        privacy, budget = site.config.privacy, Budget.of(site.folder, site.config)
+        if privacy is None or budget is None:
             return None
         _check(request.study, privacy, patients=len(cohort))
         refuse_shared(request)
         from cropkt.experts.accountant import calibrated
         from cropkt.experts.private import schedule
 
-        budget, digest = Budget(site.state, privacy), site.digest(request)
+        digest = site.digest(request)
         payment = budget.paid(digest)
         if payment is None:
             rate, steps = schedule(_known(site, len(cohort)))
@@ -80,7 +81,14 @@ class PrivateExpert:
             payment = budget.pay(
                 mechanism, cancer=request.cancer, task=request.task, request=digest
             )
-        return cls(request=request, site=site, cohort=cohort, privacy=privacy, payment=payment)
+        return cls(
+            request=request,
+            site=site,
+            cohort=cohort,
+            privacy=privacy,
+            budget=budget,
+            payment=payment,
+        )
 
     def train(self) -> Weights:
         """Return the expert's weights (1, parameters); from then on the payment is used.
@@ -104,7 +112,7 @@ class PrivateExpert:
             ),
         )
         weights: Weights = flatten(expert).cpu().numpy()
-        Budget(self.site.state, self.privacy).use(self.payment, digest(weights[0]))
+        self.budget.use(self.payment, digest(weights[0]))
         return weights
 
 

@@ -57,8 +57,8 @@ class ReleasePolicy:
 class Privacy:
     """`site.yaml: privacy`: what all releases together may tell of one patient, for ever.
 
-    It holds for each of the site's cohorts (cancers), over all studies. What was spent is kept in
-    the state folder; other numbers here later do not change that.
+    It holds for each of the site's cohorts (cancers), over all studies of one table of outcomes.
+    What was spent is kept beside that table; other numbers here later do not change it.
     """
 
     epsilon: Positive

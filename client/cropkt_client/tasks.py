@@ -217,7 +217,7 @@ def fit_router(request: RouterRequest, site: Site) -> RouterReply:
         cancer=request.cancer,
         patients=len(target.cohort),
         events=int(target.cohort.event.sum()),
-        weights=None if private else weights if request.shared else weights[:1],
+        weights=weights if request.shared and not private else None,  # else nobody averages them
         seconds=0.0 if private else time.monotonic() - started,
     )
 
@@ -274,6 +274,7 @@ def release(request: ReleaseRequest, site: Site) -> ReleaseReply:
         router=stack,
         everyone=_everyone(request, study),
         before=_before(site, cancer, study),
+        shared=request.routers is not None,
     )
     said = predictions(job, arms_of(study))
     _keep_predictions(site, cancer, job, said)

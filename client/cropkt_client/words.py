@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
 
 from cropkt.experts.card import AuditSummary, read_card
 from cropkt.messages import (
-    DescribeReply,
+    ArmScore,
+    CohortCount,
     ExpertReply,
-    FedAvgReply,
     Message,
-    ReleaseReply,
     RouterReply,
     Score,
+    Shots,
+    Signed,
+    SourceScore,
     TransferReply,
+    Verdict,
+    Voice,
+    Weights,
 )
 from cropkt_client.held import Held
 
@@ -54,41 +61,10 @@ def size(count: int) -> str:
 
 
 def _contents(answer: Message) -> Iterator[str]:
-    """Yield every kind of thing in an answer."""
-    if isinstance(answer, DescribeReply):
-        yield f"this site's name ({answer.site}) and versions of its software"
-        yield f"the name of its encoder ({answer.encoder or 'none given'})"
-        for count in answer.cohorts:
-            yield f"{count.cancer}: {_counts(count.patients, count.events)}"
-        return
-    yield _counts(getattr(answer, "patients", None), getattr(answer, "events", None))
-    if isinstance(answer, ExpertReply):
-        yield f"{_models(answer.weights.shape, 'expert')}, trained on these patients"
-        yield f"how well it does out of fold: {_score(answer.score)}"
-        if answer.signed:
-            yield "its card, signed with this site's key: how it was trained, no more counts"
-            yield from _audit(read_card(answer.signed.card).audit)
-    elif isinstance(answer, RouterReply):
-        if answer.weights is None:
-            yield "that a router was trained; it stays here"
-        else:
-            yield f"{_models(answer.weights.shape, 'router')}, trained on these patients"
-    elif isinstance(answer, FedAvgReply):
-        yield f"{_models(answer.weights.shape, 'model')} of all cancers, trained on these patients"
-    elif isinstance(answer, TransferReply):
-        rows = 1 + len(answer.training_scores)
-        yield f"scores of {len(answer.scores)} experts of other cancers on these patients"
-        yield f"each over all patients and without each fold: {rows * len(answer.scores)} scores"
-    elif isinstance(answer, ReleaseReply):
-        for arm, score in answer.arms.items():
-            yield f"{arm}: {_score(score)}"
-        yield f"how much {len(answer.routing)} experts are heard, on average over the patients"
-        if answer.verdict is not None:
-            yield f"how far other cancers are trusted here: {answer.verdict.share:.2f} of 1"
-        for shots in answer.few_shot:
-            few = f"with {shots.patients} patients to learn from"
-            yield f"C-indices of {len(shots.arms)} arms {few}"
-    yield "how many seconds the work took"
+    """Yield every kind of thing in an answer; its fields without words are a fault."""
+    for item in fields(answer):
+        if item.name not in _ENVELOPE:
+            yield from _WORDS[item.name](getattr(answer, item.name), answer)
 
 
 def _counts(patients: int | None, events: int | None) -> str:
@@ -98,12 +74,99 @@ def _counts(patients: int | None, events: int | None) -> str:
     return f"counts: {told[0]} patients, {told[1]} events"
 
 
-def _audit(audit: AuditSummary | None) -> Iterator[str]:
-    if audit is not None:
-        yield (
-            f"its membership audit: AUROC {audit.auroc:.2f} ({audit.low:.2f} to {audit.high:.2f}), "
-            "where .5 is a coin toss"
+def _cohorts(cohorts: Iterable[CohortCount], _: Message) -> Iterator[str]:
+    for count in cohorts:
+        counts = _counts(count.patients, count.events)
+        yield f"{count.cancer}: {counts}; features {count.dim} wide"
+
+
+def _weights(weights: Weights | None, answer: Message) -> Iterator[str]:
+    if weights is None:
+        yield "that a router was trained; it stays here"
+    elif isinstance(answer, ExpertReply):
+        yield f"{_models(weights.shape, 'expert')}, trained on these patients"
+    elif isinstance(answer, RouterReply):
+        yield f"{_models(weights.shape, 'router')}, trained on these patients"
+    else:
+        yield f"{_models(weights.shape, 'model')} of all cancers, trained on these patients"
+
+
+def _signed(signed: Signed | None, _: Message) -> Iterator[str]:
+    if signed is None:
+        return
+    card = read_card(signed.card)
+    licence = f" and its licence, {card.licence}" if card.licence else ""
+    yield f"its card, signed with this site's key: how it was trained, no more counts{licence}"
+    if card.audit is not None:
+        yield _audit(card.audit)
+
+
+def _audit(audit: AuditSummary) -> str:
+    few = ""
+    if audit.tpr_at_1_percent is not None:
+        few = (
+            f"; at one false alarm in a hundred it recognises {audit.tpr_at_1_percent:.0%} of them"
         )
+    return (
+        f"its membership audit: AUROC {audit.auroc:.2f} ({audit.low:.2f} to {audit.high:.2f}), "
+        f"where .5 is a coin toss{few}. A leak below {audit.detectable:.2f} could have stayed "
+        "unseen. This bounds what these attacks find; it is not a promise that no other attack "
+        "finds more"
+    )
+
+
+def _scores(scores: tuple[SourceScore, ...], answer: Message) -> Iterator[str]:
+    assert isinstance(answer, TransferReply)
+    yield f"scores of {len(scores)} experts of other cancers on these patients"
+    rows = 1 + len(answer.training_scores)
+    yield f"each over all patients and without each fold: {rows * len(scores)} scores"
+    if any(score.lead is not None for score in scores):
+        yield "how far each is ahead of untrained experts"
+
+
+def _arms(arms: Mapping[str, ArmScore], _: Message) -> Iterator[str]:
+    for arm, score in arms.items():
+        told = [
+            words
+            for name, words in _OF_ARM.items()
+            if getattr(score, name) not in (None, 0, (), {})
+        ]
+        yield f"{arm}: {_score(score)}" + (f"; also {', '.join(told)}" if told else "")
+
+
+def _routing(routing: Mapping[str, float], _: Message) -> Iterator[str]:
+    yield f"how much {len(routing)} experts are heard, on average over the patients"
+
+
+def _choice(choice: Mapping[str, int], _: Message) -> Iterator[str]:
+    if choice:
+        yield f"in how many folds each of {len(choice)} sources was the best one"
+
+
+def _reason(reason: str, _: Message) -> Iterator[str]:
+    if reason:
+        yield f"why there is no more: {reason}"
+
+
+def _verdict(verdict: Verdict | None, _: Message) -> Iterator[str]:
+    if verdict is not None:
+        yield (
+            f"how far other cancers are trusted here: {verdict.share:.2f} of 1, for an expected "
+            f"gain of {verdict.gain:+.3f}, and in how many folds each way to mix them was taken"
+        )
+
+
+def _voices(voices: Mapping[str, Voice], _: Message) -> Iterator[str]:
+    if voices:
+        yield (
+            f"the part of each of {len(voices)} experts in the answer, how it varies over the "
+            "folds, what the answer loses without it, and in how many folds it was left out"
+        )
+
+
+def _few_shot(rows: Iterable[Shots], _: Message) -> Iterator[str]:
+    for shots in rows:
+        yield f"C-indices of {len(shots.arms)} arms with {shots.patients} patients to learn from"
 
 
 def _models(shape: tuple[int, ...], name: str) -> str:
@@ -116,3 +179,39 @@ def _score(score: Score) -> str:
         return "no C-index"
     error = "" if score.se is None else f" (standard error {score.se:.3f})"
     return f"C-index {score.c_index:.3f}{error}"
+
+
+_ENVELOPE = frozenset({"task", "protocol", "cancer", "events", "training_scores", "versions"})
+"""Fields that are told beside others: in the head, with the patients, with the scores."""
+_OF_ARM = {
+    "low": "its 95 % interval",
+    "pairs": "the number of comparable pairs, in tens",
+    "fold_mean": "the mean of the folds",
+    "pooled": "over all pairs",
+    "gain": "its gain over the own expert with interval",
+    "against": "its lead over controls",
+    "c_ipcw": "the IPCW C-index",
+    "brier": "the integrated Brier score",
+    "auc": "the AUC after 1, 3 and 5 years",
+    "d_calibration": "the p value of its calibration",
+    "log_rank": "the p value between its risk groups",
+    "cost": "what it cost in seconds, memory and bytes",
+}
+_WORDS: dict[str, Callable[[Any, Any], Iterable[str]]] = {
+    "site": lambda site, _: [f"this site's name ({site}) and versions of its software"],
+    "encoder": lambda encoder, _: [f"the name of its encoder ({encoder or 'none given'})"],
+    "cohorts": _cohorts,
+    "patients": lambda patients, answer: [_counts(patients, answer.events)],
+    "weights": _weights,
+    "score": lambda score, _: [f"how well it does out of fold: {_score(score)}"],
+    "signed": _signed,
+    "scores": _scores,
+    "arms": _arms,
+    "routing": _routing,
+    "zero_shot_choice": _choice,
+    "reason": _reason,
+    "verdict": _verdict,
+    "voices": _voices,
+    "few_shot": _few_shot,
+    "seconds": lambda *_: ["how many seconds the work took"],
+}

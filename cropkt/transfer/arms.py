@@ -73,6 +73,7 @@ class Job:
     router: RouterStack  # the study's own, trained
     everyone: NDArray[np.float32] | None = None  # (1 + K, parameters) of the model of all cancers
     before: Mapping[Arm, float] = field(default_factory=dict)  # seconds spent on an arm earlier
+    shared: bool = False  # other sites hold this cancer too, and average the routers
 
     @property
     def risks(self) -> list[NDArray[np.float64]]:
@@ -101,7 +102,7 @@ class Kind:
 
     needs: Needs
     trains: str  # at the target, in words
-    sends: Literal["nothing", "own expert", "router", "model of all cancers"]
+    sends: Literal["nothing", "own expert", "shared routers", "model of all cancers"]
     predict: Callable[[Job], Prediction]
     gflop: Callable[[Job], float]
 
@@ -370,12 +371,12 @@ def _received(kind: Kind, job: Job) -> float:
 
 
 def _sent(kind: Kind, job: Job) -> float:
-    expert = parameter_count(job.sources) * 4 / 1e6
+    expert, views = parameter_count(job.sources) * 4 / 1e6, job.target.views
     return {
         "nothing": 0.0,
         "own expert": expert,
-        "router": parameter_count(job.router.module) * 4 / 1e6,
-        "model of all cancers": expert * job.target.views,
+        "shared routers": job.shared * parameter_count(job.router.module) * views * 4 / 1e6,
+        "model of all cancers": expert * views,
     }[kind.sends]
 
 
@@ -418,7 +419,7 @@ ARMS: dict[Arm, Kind] = {
     "roupkt+": Kind(
         needs="experts",
         trains="a router, adapters and heads, with the repairs",
-        sends="router",
+        sends="shared routers",
         predict=_roupkt_plus,
         gflop=_routing,
     ),

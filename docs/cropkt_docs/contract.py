@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from cropkt.config import StudyConfig
+from cropkt.config import MAX_WEIGHTS, StudyConfig
 from cropkt.experts.card import MAX_CARD, Card
-from cropkt.messages import MAX_ITEMS, MAX_TEXT, MAX_WEIGHTS, REPLIES, REQUESTS
+from cropkt.messages import MAX_ITEMS, MAX_TEXT, REPLIES, REQUESTS
 from cropkt_docs.fields import entries, table
 
 _MESSAGES = f"""\

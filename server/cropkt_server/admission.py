@@ -31,11 +31,10 @@ from numpy.typing import NDArray
 
 from cropkt.cohort.bags import PackedBags
 from cropkt.config import OptimiserConfig, StudyConfig
-from cropkt.experts.abmil import Abmil, flatten, parameter_count
+from cropkt.experts.abmil import Abmil, flatten
 from cropkt.experts.training import cross_fitted, hash_seed, updates_per_epoch
 from cropkt.messages import Weights
 from cropkt.survival.likelihood import risk
-from cropkt.transfer.roupkt import Roupkt
 
 BETAS = (0.9, 0.999)  # of AdamW
 COUNTED = 25  # patients: counts are rounded and suppressed, so a cohort may have this many more
@@ -94,19 +93,16 @@ class Admission:
         """Return why weights are not models (1 + folds, parameters) of this study, or nothing."""
         return _form("models", weights, (1 + self.study.folds, len(self.initial)))
 
-    def router_form(self, weights: Weights, *, shared: bool, sources: int) -> str:
+    def router_form(self, weights: Weights, *, sources: int) -> str:
         """Return why a reply's weights are not routers of this study; nothing if they are.
 
         Args:
-            weights: (1, parameters), or (1 + folds, parameters) where the cancer is shared.
-            shared: whether it is.
+            weights: (1 + folds, parameters).
             sources: experts of other cancers that they route.
         """
-        study = self.study
-        with torch.device("meta"):
-            one = Roupkt(study.shape, experts=1 + sources, own_heads=study.router.warm_start)
-        want = (1 + study.folds if shared else 1, parameter_count(one))
-        return _form("routers", weights, want)
+        study, experts = self.study, 1 + sources
+        one = study.shape.router_parameters(experts=experts, own_heads=study.router.warm_start)
+        return _form("routers", weights, (1 + study.folds, one))
 
     def expert(
         self, weights: Weights, *, patients: int, start: Weights | None, private: bool = False
@@ -119,15 +115,26 @@ class Admission:
             start: what the round began with, (F, parameters); None is M0.
             private: it was trained with differential privacy, in fewer and longer steps.
         """
+        cause = self.travel(weights, patients=patients, start=start, private=private)
+        if cause:
+            return cause
+        sent = self.sent(weights)
+        began = self.initial if start is None else start[sent]
+        if (weights[sent] == began).all():
+            return "it is the model that the training began with"
+        return self._behaviour(weights, sent)
+
+    def travel(
+        self, weights: Weights, *, patients: int, start: Weights | None, private: bool = False
+    ) -> str:
+        """Return that models (F, parameters) lie further from their start than a training leads.
+
+        The arguments are those of `expert`; nothing if they do not.
+        """
         began = self.initial[None] if start is None else start
         moved = np.abs(weights - began)
         reach = _reach(self.study.training, patients, np.abs(began), private=private)
-        if (moved > reach).any():
-            return _too_far("an expert", float((moved / reach).max()))
-        sent = self.sent(weights)
-        if not moved[sent].any():
-            return "it is the model that the training began with"
-        return self._behaviour(weights, sent)
+        return _too_far("a model", float((moved / reach).max())) if (moved > reach).any() else ""
 
     def router(self, weights: Weights, *, patients: int, sent: Iterable[Weights | None]) -> str:
         """Return why a reply's routers cannot be taken in; nothing if they can.

@@ -17,6 +17,7 @@ from cropkt.messages import (
     ExpertReply,
     ExpertRequest,
     FedAvgReply,
+    FedAvgRequest,
     Message,
     RouterReply,
     RouterRequest,
@@ -114,11 +115,11 @@ class Quarantine:
         if isinstance(reply, FedAvgReply):
             return self._admission.fold_models_form(reply.weights)
         if isinstance(reply, RouterReply) and isinstance(request, RouterRequest):
-            if reply.weights is None:  # a private site keeps its routers
-                return "it has no routers to average" if request.shared else ""
-            return self._admission.router_form(
-                reply.weights, shared=request.shared, sources=len(request.sources)
-            )
+            if not request.shared:
+                return "" if reply.weights is None else "it holds routers that nobody averages"
+            if reply.weights is None:
+                return "it has no routers to average"
+            return self._admission.router_form(reply.weights, sources=len(request.sources))
         return ""
 
     def _objection(self, task: Task, reply: Reply, request: Message) -> str:
@@ -132,6 +133,8 @@ class Quarantine:
         if isinstance(request, RouterRequest):
             sent = (request.weights, request.own, request.routers)
             return self._admission.router(reply.weights, patients=patients, sent=sent)
+        if isinstance(request, FedAvgRequest):
+            return self._admission.travel(reply.weights, patients=patients, start=request.weights)
         if not isinstance(request, ExpertRequest) or not isinstance(reply, ExpertReply):
             return ""
         start = request.weights

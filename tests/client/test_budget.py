@@ -14,7 +14,7 @@ from cropkt.experts.accountant import Mechanism, epsilon_of
 from cropkt_client.budget import COUNT_NAME, NAME, Budget, Payment
 from cropkt_client.ledger import SIMULATION, Entry, Ledger
 from cropkt_client.policy import of_cancer
-from cropkt_client.settings import Privacy
+from cropkt_client.settings import Privacy, SiteConfig
 
 UVM, SKCM = Cancer.UVM, Cancer.SKCM
 ONE = Mechanism(noise_multiplier=20.0, sample_rate=1.0, steps=100)  # epsilon 2 at 1e-5
@@ -152,11 +152,34 @@ def test_what_never_left_costs_nothing_once_its_record_is_gone(tmp_path: Path) -
     """Nobody saw it: the expert that was trained cannot leave without its payment."""
     budget = Budget(tmp_path, Privacy(epsilon=4.0))
     pay(budget, "a")
-    leaves(tmp_path, None)
     leaves(tmp_path, 0.0)
     for name in (NAME, COUNT_NAME):
         (tmp_path / name).unlink()
     assert budget.spent(UVM) == 0
+
+
+def test_what_left_before_the_site_was_private_cannot_be_paid_for(tmp_path: Path) -> None:
+    leaves(tmp_path, None)
+    with pytest.raises(BudgetError, match="about UVM left without differential privacy before"):
+        pay(Budget(tmp_path, Privacy(epsilon=4.0)))
+
+
+def test_two_studies_of_the_same_patients_spend_from_one_budget(tmp_path: Path) -> None:
+    def budget_of(study: str, outcomes: str) -> Budget:
+        settings = SiteConfig(
+            site="lumc", outcomes=Path(outcomes), cancers=(UVM,), privacy=Privacy(epsilon=4.0)
+        )
+        budget = Budget.of(tmp_path / study, settings)
+        assert budget is not None
+        return budget
+
+    for study in ("one", "two"):
+        (tmp_path / study).mkdir()
+    spent = pay(budget_of("one", "../outcomes.csv"), "a").total
+    again = budget_of("two", str(tmp_path / "outcomes.csv"))
+    assert again.spent(UVM) == spent
+    assert pay(again, "b").total > spent
+    assert budget_of("two", "other/outcomes.csv").spent(UVM) == 0
 
 
 def test_another_delta_is_not_taken_for_a_loss(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from flwr.supernode.start_client_internal import _pull_and_store_message
 
 from cropkt.bundle import bundle, bundle_hash
 from cropkt.cancers import Cancer
-from cropkt.config import StudyConfig
+from cropkt.config import ExpertShape, StudyConfig
 from cropkt.messages import REPLIES, ExpertReply, ExpertRequest, Failure, Score
 from cropkt.wire import from_record, to_record
 from cropkt_client import executor as module
@@ -47,6 +47,8 @@ from cropkt_client.worker import Worker
 
 HERE = Path(__file__).parent
 NODE, RUN = 77, 5
+STUDY = StudyConfig(folds=3, shape=ExpertShape(dim=1, embed=1, attention=1, bins=1))
+SENT = np.arange(STUDY.models * STUDY.shape.parameters, dtype=np.float32).reshape(STUDY.models, -1)
 toys = ClientApp()
 
 
@@ -64,13 +66,13 @@ def train(message: Message, context: Context) -> Message:
         os.kill(os.getpid(), signal.SIGKILL)
     if request.round == 4:
         time.sleep(60)
-    weights = request.weights if request.weights is not None else np.ones((1, 3), np.float32)
+    assert request.weights is not None
     reply = ExpertReply(
         task=request.task,
         cancer=request.cancer,
         patients=40,
         events=10,
-        weights=2 * weights,
+        weights=2 * request.weights,
         score=Score(c_index=0.6, se=0.1),
         seconds=1.0,
     )
@@ -161,11 +163,11 @@ def _request(round_: int) -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN, 1
     request = ExpertRequest(
         task=f"expert/{round_}",
-        study=StudyConfig(),
+        study=STUDY,
         cancer=Cancer.UVM,
         round=round_,
         shared=True,
-        weights=np.arange(6, dtype=np.float32).reshape(2, 3),
+        weights=SENT,
     )
     return Message(to_record(request), dst_node_id=NODE, message_type="train.expert")
 
@@ -240,7 +242,7 @@ def test_the_installed_app_answers(node: SuperNode, start: Start) -> None:
     answer = from_record(node.reply().content, expected=REPLIES)
     assert isinstance(answer, ExpertReply)
     assert answer.task == "expert/0"
-    np.testing.assert_array_equal(answer.weights, [[0, 2, 4], [6, 8, 10]])
+    np.testing.assert_array_equal(answer.weights, 2 * SENT)
     _idle(status)
     assert status.state.error is None
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import cropkt_client
 from cropkt.cancers import Cancer
-from cropkt.config import StudyConfig, TrainingConfig, checked
+from cropkt.config import ExpertShape, StudyConfig, TrainingConfig, checked
 from cropkt.errors import MessageError, RefusedError
 from cropkt.experts.accountant import Mechanism
 from cropkt.experts.card import AuditSummary, Card, canonical, digest, models_of, public_text
@@ -47,6 +47,7 @@ from cropkt.messages import (
     TransferRequest,
 )
 from cropkt.wire import from_record, payload, to_record
+from cropkt_client import gate, ledger
 from cropkt_client.app import app
 from cropkt_client.budget import COUNT_NAME, NAME, Budget, Payment
 from cropkt_client.enrol import Keys
@@ -57,7 +58,8 @@ from cropkt_client.policy import SUPPRESSED, WITHHELD, PrivateError, private, ro
 from cropkt_client.settings import ASKED, AuditLimit, Privacy, ReleasePolicy
 from cropkt_client.site import Site as SiteOnDisk
 
-UVM, STUDY = Cancer.UVM, StudyConfig(folds=3)
+UVM = Cancer.UVM
+STUDY = StudyConfig(folds=3, shape=ExpertShape(dim=1, embed=1, attention=1, bins=1))
 AUTO = ReleasePolicy(approval="auto")
 SOURCE = Path(cropkt_client.__file__).parent
 
@@ -70,7 +72,8 @@ def flower_identity() -> None:
 
 
 def weights(models: int = 1) -> Any:
-    return np.arange(models * 5, dtype=np.float32).reshape(models, 5)
+    one = STUDY.shape.parameters
+    return np.arange(models * one, dtype=np.float32).reshape(models, one)
 
 
 def expert(patients: int | None = 48, events: int | None = 22, **changes: Any) -> ExpertReply:
@@ -104,7 +107,7 @@ def transfer(patients: int | None, events: int | None) -> TransferReply:
 
 
 def router(patients: int | None = 48, events: int | None = 22, **changes: Any) -> RouterReply:
-    values: dict[str, Any] = {"weights": weights(), "seconds": 1.0} | changes
+    values: dict[str, Any] = {"weights": None, "seconds": 1.0} | changes
     return RouterReply(task="router/1", cancer=UVM, patients=patients, events=events, **values)
 
 
@@ -193,75 +196,215 @@ def site(tmp_path: Path) -> Site:
 # No other way out
 
 
+FLOWERS = {"Message", "FlowerMessage", "RecordDict", "ArrayRecord", "ConfigRecord", "to_record"}
+"""Names by which a reply can be made, wherever they come from."""
+HARMLESS = {"Context", "from_record", "payload"}  # beside them
+RARE = {
+    *("exec", "eval", "__import__", "import_module", "setattr", "__setattr__", "__dict__", "vars"),
+    *("system", "popen"),
+}
+"""Names by which all else can be done."""
+NETWORK = {
+    *("socket", "ssl", "http", "httpx", "requests", "urllib", "urllib3", "aiohttp", "asyncio"),
+    *("smtplib", "ftplib", "xmlrpc", "socketserver", "grpc", "multiprocessing", "subprocess"),
+    *("starlette", "uvicorn"),
+}
+
+# What each module may do of all that `ways_out` looks for. Who is not here may do nothing of it.
+ALLOWED = {
+    "app.py": {
+        *("flwr.app.Context", "flwr.app.Message", "flwr.clientapp.ClientApp"),
+        "cropkt.wire.from_record",
+    },
+    "executor.py": {
+        *("flwr.app.Context", "flwr.app.Message", "cropkt.wire.from_record"),
+        *("flwr.common.constant.ErrorCode", "flwr.common.constant.SubStatus"),
+        "flwr.proto.runtime_pb2.AcquireTaskRequest",
+        "flwr.proto.runtime_pb2.SendTaskHeartbeatRequest",
+        "flwr.supercore.heartbeat.HeartbeatSender",
+        "flwr.supercore.interceptors.RuntimeTokenHttpInterceptor",
+        "flwr.supercore.interceptors.RuntimeVersionHttpInterceptor",
+        "flwr.supercore.interceptors.SuperExecAuthHttpInterceptor",
+        *("flwr.supercore.retry.RetryInvoker", "flwr.supercore.retry.exponential"),
+        "flwr.supercore.runtime.RuntimeHttpClient",
+        "flwr.supercore.task_identity.TaskIdentity",
+        "flwr.supernode.runtime.run_clientapp.pull_task_input",
+        "flwr.supernode.runtime.run_clientapp.push_message",
+        "flwr.supernode.runtime.run_clientapp.push_task_output",
+        *("push_message in Executor._deliver", "push_task_output in Executor._deliver"),
+        "import_module in run_app",  # the installed app
+    },
+    "fleet.py": {
+        *("flwr.supercore.retry.RetryInvoker", "flwr.supercore.run.RunNotRunningException"),
+        "flwr.supernode.fleet_http_connection",
+        "flwr.supernode.node_auth_http_interceptor",
+        "flwr.supernode.start_client_internal",
+        "flwr.supernode.fleet_http_client.FleetHttpClient",
+        "setattr in settle",
+    },
+    "gate.py": {
+        *("flwr.app.Error", "flwr.app.Message", "cropkt.wire.payload", "cropkt.wire.to_record"),
+        *(f"Message in Gate.{name}" for name in ("release", "again", "fail", "error")),
+        *(f"to_record in Gate.{name}" for name in ("release", "again", "fail")),
+        *(f"reply_to in Gate.{name}" for name in ("release", "again", "fail", "error")),
+        "Error in Gate.error",
+    },
+    "link.py": {  # of an HTTP answer
+        *("answer.content", "told.content"),
+        "cls(invite.host, None)._ask('GET', '/v1/cropkt/ca').content",
+    },
+    "worker.py": {"import_module in main"},
+}
+# Enrolment and hello; the SuperNode's loopback; its connection; a free port; two pipe ends and a
+# child process; the doctor's look at the coordinator's certificate and port, and at a GPU.
+NETWORKED = {
+    "link.py": {"ssl", "urllib", "httpx"},
+    "executor.py": {"httpx"},
+    "fleet.py": {"httpx"},
+    "supernode.py": {"socket"},
+    "worker.py": {"socket", "subprocess", "multiprocessing"},
+    "doctor/connection.py": {"socket"},
+    "doctor/machine.py": {"subprocess"},
+    "cli.py": {"subprocess"},
+}
+
+
 def modules() -> Iterator[tuple[str, ast.Module]]:
     for path in sorted(SOURCE.rglob("*.py")):
-        yield path.name, ast.parse(path.read_text())
+        yield path.relative_to(SOURCE).as_posix(), ast.parse(path.read_text())
 
 
-def called(node: ast.AST) -> str:
-    if not isinstance(node, ast.Call):
-        return ""
-    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-
-
-def makes_a_reply(tree: ast.Module) -> set[str]:
-    """Return how a module could make a Flower reply or record; empty if it cannot."""
-    flower = {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr")
-        for alias in node.names
-        if alias.name in ("Message", "Error", "RecordDict", "create_reply", "create_error_reply")
-    }
-    ways = set()
+def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield each name that a module imports, in full, and what it calls it."""
     for node in ast.walk(tree):
-        if called(node) in flower | {"to_record", "RecordDict", "create_reply"}:
-            ways.add(called(node))
-        if isinstance(node, ast.Call) and any(key.arg == "reply_to" for key in node.keywords):
-            ways.add("reply_to")
-        if isinstance(node, ast.ImportFrom | ast.Import):
-            ways |= {alias.name for alias in node.names} & {"to_record", "flwr"}
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, alias.asname or alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            yield from ((f"{source}.{a.name}", a.asname or a.name) for a in node.names)
+
+
+def scoped(node: ast.AST, where: str = "") -> Iterator[tuple[ast.AST, str, ast.AST]]:
+    """Yield each node that is no annotation, what it stands in, and its parent."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield child, where, node
+                inner = where
+                if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    inner = f"{where}.{child.name}".lstrip(".")
+                yield from scoped(child, inner)
+
+
+def ways_out(tree: ast.Module) -> set[str]:
+    """Return all by which a module could make a Flower reply, change or send one."""
+    ways, mine = set[str](), dict[str, str]()
+    for name, called in imported(tree):
+        source, _, last = name.rpartition(".")
+        again = last in FLOWERS and name != "cropkt.messages.Message"  # from who imported it
+        if again or last == "*" or name.startswith(("flwr", "cropkt.wire", ".")):
+            ways.add(name)
+        makes = source in ("flwr.app", "cropkt.wire") and last not in HARMLESS
+        if makes or last.startswith("push"):
+            mine[called] = last
+    for node, where, parent in scoped(tree):
+        if isinstance(node, ast.Name) and node.id in mine:
+            ways.add(f"{mine[node.id]} in {where}")
+        elif isinstance(node, ast.Name) and node.id in RARE:
+            ways.add(f"{node.id} in {where}")
+        elif isinstance(node, ast.keyword) and node.arg == "reply_to":
+            ways.add(f"reply_to in {where}")
+        elif isinstance(node, ast.Attribute) and node.attr in ("content", "metadata"):
+            if not only_read(node, parent):
+                ways.add(ast.unparse(node))
+        elif isinstance(node, ast.Attribute) and (
+            node.attr in FLOWERS | RARE or node.attr.lower().startswith(("push", "create_"))
+        ):
+            ways.add(f"{node.attr} in {where}")
     return ways
 
 
+def only_read(part: ast.Attribute, parent: ast.AST) -> bool:
+    """Return whether a message's content or metadata is seen by nothing that could change it."""
+    if part.attr == "metadata":
+        return isinstance(parent, ast.Attribute) and isinstance(parent.ctx, ast.Load)
+    called = ast.unparse(parent.func) if isinstance(parent, ast.Call) else ""
+    return called in ("from_record", "hashlib.sha256")
+
+
 def test_only_the_gate_makes_replies() -> None:
-    found = {name: ways for name, tree in modules() if (ways := makes_a_reply(tree))}
-    assert set(found) == {"gate.py"}
-    assert found["gate.py"] >= {"to_record", "reply_to"}
+    assert {name: ways for name, tree in modules() if (ways := ways_out(tree))} == ALLOWED
+
+
+@pytest.mark.parametrize("name", ["x/gate.py", "doctor/gate.py", "app.py", "executor.py"])
+def test_a_second_gate_is_found(name: str) -> None:
+    gate = ways_out(dict(modules())["gate.py"])
+    assert gate - ALLOWED.get(name, set()) >= {"reply_to in Gate.fail", "to_record in Gate.fail"}
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "from flwr.app import Message as M\nM({}, reply_to=x)",
-        "from cropkt.wire import to_record as t",
-        "from cropkt import wire\nwire.to_record(x)",
         "import flwr",
+        "import flwr.app as f\nf.Message({}, 1, 'query')",
+        "import flwr.app\nflwr.app.Error(1, 'a patient')",
+        "from flwr import app as f\nf.Message({}, 1, 'query')",
+        "from flwr.app import Message as M\nM({}, 1, 'query')",
+        "def f(x: object) -> object:\n    return type(x)({}, reply_to=x)",
+        "from flwr.app import Message\nmade = Message",
         "from flwr.app import Error\nError(1, 'a patient')",
         "from flwr.app import RecordDict\nRecordDict()",
+        "from flwr.app import *",
+        "from cropkt.wire import to_record as t\nt(x)",
+        "from cropkt.wire import FlowerMessage",
+        "from cropkt import wire\nwire.to_record(x)",
+        "import cropkt.wire as w",
+        "from cropkt_client.gate import FlowerMessage as M",
+        "from cropkt_client import gate as g\ng.FlowerMessage({}, x)",
+        "from .gate import FlowerMessage",
+        "from flwr.supernode.runtime.run_clientapp import push_message as p\np(client, reply, x)",
+        "from cropkt_client import executor\nexecutor.push_message(client, reply, x)",
+        "def f(client, x):\n    client.PushMessage(x)",
+        "def f(message, y):\n    message.content['x'] = y",
+        "def f(message, y):\n    message.content = y",
+        "def f(message):\n    message.content.update({})",
+        "def f(message, y):\n    held = message.content\n    held['x'] = y",
+        "def f(message):\n    message.metadata.group_id = 'a patient'",
+        "def f(message):\n    of = message.metadata\n    of.group_id = 'a patient'",
+        "def f(message, y):\n    setattr(message, 'content', y)",
+        "def f(message, y):\n    message.__dict__['_content'] = y",
+        "import importlib\nimportlib.import_module('flwr.app')",
+        "__import__('flwr.app')",
     ],
 )
-def test_the_walk_finds_other_ways(text: str) -> None:
-    assert makes_a_reply(ast.parse(text))
+def test_another_way_out_is_found(text: str) -> None:
+    """In each module, whatever else that one may do."""
+    ways = ways_out(ast.parse(text))
+    assert all(ways - allowed for allowed in (*ALLOWED.values(), set()))
+
+
+def networks(tree: ast.Module) -> set[str]:
+    return {name.partition(".")[0] for name, _ in imported(tree)} & NETWORK
 
 
 def test_only_these_modules_reach_a_network() -> None:
-    network = {"socket", "httpx", "urllib", "requests", "http", "smtplib", "ftplib", "asyncio"}
-    found = set()
-    for name, tree in modules():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            else:
-                continue
-            if any(each.partition(".")[0] in network for each in names):
-                found.add(name)
-    # Enrolment and hello; the SuperNode's loopback; its connection; a free port; two pipe ends; the
-    # doctor's look at the coordinator's certificate and port.
-    wanted = {"link.py", "executor.py", "fleet.py", "supernode.py", "worker.py", "connection.py"}
-    assert found == wanted
+    assert {name: used for name, tree in modules() if (used := networks(tree))} == NETWORKED
+
+
+@pytest.mark.parametrize("name", ["doctor/link.py", "connection.py", "fleet.py", "gate.py"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import socket as s",
+        "from urllib import request",
+        "def f():\n    import http.client",
+        "from subprocess import run",
+    ],
+)
+def test_another_network_is_found(name: str, text: str) -> None:
+    assert networks(ast.parse(text)) - NETWORKED.get(name, set())
 
 
 # Before any work
@@ -395,8 +538,20 @@ def test_the_simulation_changes_no_number(tmp_path: Path) -> None:
         (expert(task="expert/2"), EXPERT, "not the answer to its question"),
         (expert(cancer=Cancer.SKCM), EXPERT, "not the answer to its question"),
         (transfer(48, 22), EXPERT, "TransferReply is not expected here"),
-        (expert(weights=weights(2)), EXPERT, "holds 2 models where 1 were asked for"),
-        (expert(weights=weights(8)), replace(EXPERT, shared=True), "8 models where 7 were"),
+        (expert(weights=weights(2)), EXPERT, "holds 2 models of 10 weights where 1"),
+        (
+            expert(weights=weights(8)),
+            replace(EXPERT, shared=True),
+            "8 models of 10 weights where 7",
+        ),
+        (
+            expert(weights=weights(6)),
+            replace(EXPERT, shared=True),
+            "6 models of 10 weights where 7",
+        ),
+        (expert(weights=weights()[:, 1:]), EXPERT, "1 models of 9 weights where 1 of 10"),
+        (router(weights=weights()), ROUTER, "1 models of 10 weights where 0"),
+        (router(weights=weights(4)), replace(ROUTER, shared=True), "where 4 of 18"),
         (expert(weights=weights() * np.float32("nan")), EXPERT, "values that are not finite"),
     ],
 )
@@ -414,6 +569,17 @@ def test_an_answer_that_is_not_as_agreed_stays(
 def test_the_fold_models_of_a_shared_cancer_leave(site: Site) -> None:
     request = replace(EXPERT, shared=True)
     assert isinstance(site.answers(expert(weights=weights(7)), request), ExpertReply)
+
+
+def test_routers_leave_where_others_average_them_and_no_audit_is_asked_for(
+    site: Site, tmp_path: Path
+) -> None:
+    assert site.answers(router(), ROUTER) == router(50, 20)
+    request, routers = replace(ROUTER, shared=True), np.ones((4, 18), dtype=np.float32)
+    assert isinstance(site.answers(router(weights=routers), request), RouterReply)
+    strict = Site(tmp_path / "strict", replace(AUTO, audit=AuditLimit()))
+    assert code(strict.answers(router(weights=routers), request)) == "audit"
+    assert isinstance(strict.answers(router(), ROUTER), RouterReply)
 
 
 def test_an_answer_that_is_too_large_stays(
@@ -583,7 +749,11 @@ def test_a_private_site_gives_counts_and_a_paid_expert(paid: Site) -> None:
         (transfer(48, 22), TRANSFER, "scores"),
         (replace(transfer(48, 22), scores=(SourceScore(),)), TRANSFER, "training_scores"),
         (replace(transfer(48, 22), scores=(SourceScore(c_index=0.0),)), TRANSFER, "scores"),
-        (router(seconds=0.0), ROUTER, "weights"),
+        (
+            router(weights=np.ones((4, 18), dtype=np.float32), seconds=0.0),
+            replace(ROUTER, shared=True),
+            "weights",
+        ),
         (router(weights=None), ROUTER, "seconds"),
         (release(48, 22), RELEASE, "arms"),
         (release(48, 22, **EMPTY | {"routing": {UVM: 0.7}}), RELEASE, "routing"),
@@ -707,21 +877,23 @@ def test_nothing_leaves_that_the_ledger_does_not_take(
     with pytest.raises(OSError, match="No space left"):
         site.gate.fail("t", "data", to=asked(EXPERT))
     with pytest.raises(OSError, match="No space left"):
-        site.gate.error(2, "reference 0a", to=asked(EXPERT))
+        site.gate.error(2, "reference 0a1b2c3d", to=asked(EXPERT))
 
 
 def test_a_failure_and_an_error_are_recorded_too(site: Site) -> None:
     reply = site.gate.fail("expert/1", "data", to=asked(EXPERT), reference="0a1b")
     failure = site.received(reply)
     assert (code(failure), getattr(failure, "site", "")) == ("data", "leiden")
-    error = site.gate.error(2, "reference 0a1b", to=asked(EXPERT))
+    error = site.gate.error(2, "reference 0a1b2c3d", to=asked(EXPERT))
     rows = site.ledger.rows()
     assert [row.message for row in rows] == ["failure data", "error 2"]
     assert rows[1].sha256 == payload(error).sha256
     assert not site.ledger.problems(public_key(site.state))
 
 
-@pytest.mark.parametrize("reason", ["/data/SECRET.svs", "patient-0815", "a\nb", "x" * 81])
+@pytest.mark.parametrize(
+    "reason", ["/data/SECRET.svs", "patient 0815 died day 1234", "reference 0815", "", "a\nb"]
+)
 def test_an_error_says_nothing_but_a_template(site: Site, reason: str) -> None:
     with pytest.raises(MessageError):
         site.gate.error(2, reason, to=asked(EXPERT))
@@ -791,6 +963,22 @@ def test_an_approval_is_for_these_bytes_only(careful: Site) -> None:
     shelf.decide(shelf.all()[0], "approved")
     other = expert(weights=weights() + 1)
     assert code(careful.answers(other, EXPERT)) == "awaiting_approval"
+    assert [held.decision for held in shelf.all()] == ["approved", "waiting"]
+
+
+@pytest.mark.parametrize("change", [{"recipient": "0" * 64}, {"study": "another"}])
+def test_an_approval_is_for_one_recipient_only(
+    careful: Site, change: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    careful.answers(expert(), EXPERT)
+    shelf = Shelf(careful.state)
+    shelf.decide(shelf.all()[0], "approved")
+    study, recipient = ledger.recipient(careful.state)
+    other = {"study": study, "recipient": recipient} | change
+    to = (other["study"], other["recipient"])
+    monkeypatch.setattr(gate, "recipient", lambda _: to)
+    assert code(careful.again("expert/1")) == "not_held"
+    assert code(careful.answers(expert(), EXPERT)) == "awaiting_approval"
     assert [held.decision for held in shelf.all()] == ["approved", "waiting"]
 
 

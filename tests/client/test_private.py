@@ -36,7 +36,7 @@ from cropkt.messages import (
 from cropkt.wire import from_record, to_record
 from cropkt_client import app as client
 from cropkt_client import tasks
-from cropkt_client.budget import NAME, Budget
+from cropkt_client.budget import FOLDER, NAME, Budget
 from cropkt_client.ledger import Ledger
 from cropkt_client.private import PrivateExpert
 from cropkt_client.site import Site
@@ -67,8 +67,9 @@ def request_for(study: StudyConfig, task: str = "t", *, shared: bool = False) ->
 
 
 def budget_of(site: Site) -> Budget:
-    assert site.config.privacy is not None
-    return Budget(site.state, site.config.privacy)
+    budget = Budget.of(site.folder, site.config)
+    assert budget is not None
+    return budget
 
 
 def test_only_the_private_expert_leaves(
@@ -254,7 +255,7 @@ def test_a_lost_budget_is_a_failure_with_its_code(
     request = request_for(study, "fit_expert/one")
     first = ask(request)
     assert isinstance(first, ExpertReply)
-    path = site.state / NAME
+    path = site.folder / FOLDER / NAME
     content = path.read_bytes()
     path.unlink()
     for again in (request, request_for(replace(study, seed=1), "fit_expert/two")):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from flwr.app import Message as FlowerMessage
 from typer.testing import CliRunner
 
 from cropkt.cancers import Cancer
-from cropkt.config import StudyConfig
+from cropkt.config import ExpertShape, StudyConfig
 from cropkt.messages import (
     REPLIES,
+    ArmScore,
     CohortCount,
     DescribeReply,
     DescribeRequest,
@@ -40,8 +42,11 @@ from cropkt.wire import from_record, to_record
 from cropkt_client.cli import app
 from cropkt_client.gate import Gate
 from cropkt_client.ledger import COLUMNS, Entry, Ledger
+from cropkt_client.words import _ENVELOPE, _OF_ARM, _WORDS
 
-UVM, STUDY = Cancer.UVM, StudyConfig(folds=3)
+UVM = Cancer.UVM
+STUDY = StudyConfig(folds=3, shape=ExpertShape(dim=255, embed=128, attention=64, bins=4))
+SIZE = STUDY.shape.parameters
 EXPERT = ExpertRequest(task="fit_expert/leiden/UVM/0", study=STUDY, cancer=UVM)
 DESCRIBE = DescribeRequest(task="describe/leiden", study=STUDY)
 Run = Callable[..., Result]
@@ -84,7 +89,7 @@ def leave(config: Path) -> None:
         cancer=UVM,
         patients=48,
         events=22,
-        weights=np.ones((1, 50_000), np.float32),
+        weights=np.ones((1, SIZE), np.float32),
         score=Score(c_index=0.6123, se=0.1),
         seconds=1.0,
     )
@@ -111,10 +116,10 @@ def test_somebody_looks_at_what_would_leave_and_decides(config: Path, run: Run) 
     for part in (
         "the answer to train.expert, UVM",
         "for research",
-        "1 expert of 50,000 numbers, trained on these patients",
+        f"1 expert of {SIZE:,} numbers, trained on these patients",
         "counts: about 50 patients, about 20 events",
         "C-index 0.612 (standard error 0.100)",
-        "1 x 50000 float32, finite",
+        f"1 x {SIZE} float32, finite",
         "at least 20 patients and 10 events",
     ):
         assert part in shown
@@ -284,3 +289,11 @@ def test_help_loads_neither_torch_nor_flower(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
     assert time.monotonic() - began < 5  # half a second where nothing else runs
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REPLIES if kind is not Failure])
+def test_every_field_of_an_answer_is_told_in_words(kind: type[Message]) -> None:
+    assert {item.name for item in fields(kind)} <= set(_WORDS) | _ENVELOPE
+    assert {item.name for item in fields(ArmScore)} - {
+        *("c_index", "se", "high", "gain_se", "gain_low", "gain_high")  # told with the others
+    } == set(_OF_ARM)

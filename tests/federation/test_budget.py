@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cropkt.cancers import Cancer
-from cropkt_client.budget import NAME
+from cropkt_client.budget import FOLDER, NAME
 from cropkt_client.ledger import Ledger, public_key
 from cropkt_server.store import Task
 
@@ -34,7 +34,7 @@ def test_a_study_goes_on_without_a_hospital_that_lost_its_budget(federation: Any
     clients[EYE].wait()
     state = federation.state(EYE)
     left = len(Ledger(state).rows())
-    (state / NAME).unlink()
+    (federation.site(EYE).parent / FOLDER / NAME).unlink()
     clients[EYE] = federation.serve(EYE, SITES[EYE])
     assert coordinator.wait(400) == INCOMPLETE, federation.logs()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -77,9 +78,16 @@ def add_hospital(federation: Any, name: str, cancer: Cancer, *, seed: int, spoil
     (folder / "site.yaml").write_text(yaml.safe_dump(values))
 
 
-def forms(text: str) -> list[bytes]:
-    """Return how a text may stand in a file: as it is, as UTF-16, in base64 at any offset."""
-    raw = text.encode()
+def forms(secret: str | float) -> list[bytes]:
+    """Return how a text or a number may stand in a file.
+
+    A text as it is, as UTF-16, in hexadecimal, in base64 at any offset; a number as such a text,
+    and as float32 and float64.
+    """
+    if isinstance(secret, float):
+        packed = [struct.pack(form, secret) for form in ("<f", "<d")]
+        return [*packed, *(raw.hex().encode() for raw in packed), *forms(f"{secret:.2f}")]
+    text, raw = secret, secret.encode()
     coded = [base64.b64encode(b"x" * n + raw)[4 if n else 0 : -4] for n in range(3)]
     return [raw, raw.lower(), text.encode("utf-16-le"), raw.hex().encode(), *coded]
 
@@ -89,23 +97,32 @@ def files(*roots: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def leaks(paths: list[Path], *texts: str) -> list[tuple[str, str]]:
-    """Return which files hold which texts."""
+def leaks(paths: list[Path], *secrets: str | float) -> list[tuple[str, str | float]]:
+    """Return which files hold which texts and numbers."""
     return [
-        (path.name, text)
+        (path.name, secret)
         for path in paths
         for content in [path.read_bytes()]
-        for text in texts
-        if any(form in content for form in forms(text))
+        for secret in secrets
+        if any(form in content for form in forms(secret))
     ]
 
 
-def test_the_scan_finds_what_is_there(tmp_path: Path) -> None:
-    for number, form in enumerate(forms("QQPATIENT-UVM-001")):
+@pytest.mark.parametrize("secret", ["QQPATIENT-UVM-001", DAYS])
+def test_the_scan_finds_what_is_there(tmp_path: Path, secret: str | float) -> None:
+    for number, form in enumerate(forms(secret)):
         (tmp_path / str(number)).write_bytes(b"before" + form + b"after")
-        assert leaks([tmp_path / str(number)], "QQPATIENT-UVM-001")
+        assert leaks([tmp_path / str(number)], secret) == [(str(number), secret)]
+    (tmp_path / "none").write_bytes(b"before" + b"after")
+    assert not leaks([tmp_path / "none"], secret)
+
+
+def test_the_scan_finds_a_row_in_base64_and_a_time_among_others(tmp_path: Path) -> None:
     (tmp_path / "coded").write_bytes(base64.b64encode(b"a row: QQPATIENT-UVM-001, and more"))
     assert leaks([tmp_path / "coded"], "QQPATIENT-UVM-001")
+    for kind in (np.float32, np.float64):
+        np.save(tmp_path / "times.npy", np.array([1.0, DAYS, 700.0], dtype=kind))
+        assert leaks([tmp_path / "times.npy"], DAYS)
 
 
 def test_no_ids_leave(federation: Any, tmp_path: Path) -> None:
@@ -138,9 +155,11 @@ def test_no_ids_leave(federation: Any, tmp_path: Path) -> None:
     # All that reached the coordinator in plaintext, and all that it and its terminal keep.
     beyond = files(tap, federation.study, federation.folder / "server.log")
     assert {"bodies.bin", "study.sqlite", "flower.sqlite", "server.log"} <= {p.name for p in beyond}
-    assert leaks(beyond, "eye-clinic", "train.expert")  # the scan does read what came
-    secrets = [PATIENT, SLIDE, HOSPITAL, FOLDER, f"{DAYS:.2f}", str(federation.folder / "sites")]
-    assert leaks(beyond, *secrets) == []
+    # The scan does read what came over the wire: each site's name, each kind of answer.
+    came = [*sites, "query.describe", "train.expert", "evaluate.release"]
+    assert leaks([tap / "bodies.bin"], *came) == [("bodies.bin", text) for text in came]
+    secrets = [PATIENT, SLIDE, HOSPITAL, FOLDER, str(federation.folder / "sites")]
+    assert leaks(beyond, *secrets, DAYS) == []
     assert not [path for path in beyond if any(secret in path.name for secret in secrets)]
 
     # Nor in what the hospitals log or hand to their governance. A slide file that must be mended
@@ -150,7 +169,7 @@ def test_no_ids_leave(federation: Any, tmp_path: Path) -> None:
         kept = files(*state.glob("cropkt-client.log*"), federation.folder / f"{site}.log")
         kept += [state / "status.json", state / "ledger.sqlite"]
         named = (PATIENT, HOSPITAL) if site in SPOILT else (PATIENT, HOSPITAL, SLIDE)
-        assert leaks(kept, *named, f"{DAYS:.2f}") == []
+        assert leaks(kept, *named, DAYS) == []
         federation.run("client", "ledger", "verify", "--config", str(federation.site(site)))
         assert Ledger(state).rows()
     log = (federation.state("kidney-clinic") / "cropkt-client.log").read_text()

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import sys
-import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +31,6 @@ HOSTILE: list[Any] = [
 LEAST = 2_000_000  # bytes that reading anything may take
 TIMES = 1_000  # more for a byte read: pydantic lists the error in each of many items
 MOST = 32_000_000  # whatever is read
-TEMPORARY = Path(tempfile.gettempdir()).resolve()
 
 
 class Draw:
@@ -153,25 +151,32 @@ def _any(hint: Any) -> tuple[Any, ...]:
 
 
 class Watch:
-    """Notes what this process does, while armed, that reading bytes must not do."""
+    """Notes what this process does, while armed, that reading bytes must not do.
 
-    def __init__(self) -> None:
-        self.armed = False
+    Args:
+        folder: the parsers' own, the only place where files may come and go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.armed = folder.resolve(), False
         self.seen: list[str] = []
         sys.addaudithook(self._hook)  # stays for the life of the process
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.armed:
             return
-        if event == "open" and isinstance(args[0], str | bytes):
+        if event == "open" and isinstance(args[0], _PATH):
             writes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            if writes and not _temporary(args[0]):
+            if writes and not self._own(args[0]):
                 self.seen.append(f"{event} {args[0]!r}")
         elif event in _FILES:
-            if not all(_temporary(one) for one in args if isinstance(one, str | bytes)):
+            if not all(self._own(one) for one in args if isinstance(one, _PATH)):
                 self.seen.append(f"{event} {args}")
         elif event in _NEVER:
             self.seen.append(f"{event} {args}")
+
+    def _own(self, path: str | bytes | os.PathLike[str]) -> bool:
+        return Path(os.fsdecode(path)).resolve().is_relative_to(self.folder)
 
     @contextmanager
     def over(self, size: int) -> Iterator[None]:
@@ -189,7 +194,11 @@ class Watch:
         assert taken < min(LEAST + TIMES * size, MOST), f"{taken} bytes for {size}"
 
 
-_FILES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+_PATH = (str, bytes, os.PathLike)
+_FILES = {
+    *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"),
+    *("os.chmod", "os.chown", "os.utime", "sqlite3.connect"),
+}
 _NEVER = {
     *("exec", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"),
     *("subprocess.Popen", "socket.connect", "socket.bind", "socket.getaddrinfo"),
@@ -197,13 +206,15 @@ _NEVER = {
 }
 
 
-def _temporary(path: str | bytes) -> bool:
-    return Path(os.fsdecode(path)).resolve().is_relative_to(TEMPORARY)
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parsers' own folder."""
+    return tmp_path_factory.mktemp("fuzz")
 
 
 @pytest.fixture(scope="session")
-def watch() -> Watch:
-    return Watch()
+def watch(folder: Path) -> Watch:
+    return Watch(folder)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import runpy
+import sqlite3
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,10 +44,9 @@ GROWTH = 400 << 20  # bytes by which the process may grow over all cases
 
 
 @pytest.fixture(scope="session")
-def reading(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def reading(folder: Path) -> dict[str, Any]:
     """All parsers, each of which has read something: nothing is left to import."""
-    found = parsers(tmp_path_factory.mktemp("fuzz"))
-    return dict(found)
+    return dict(parsers(folder))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,6 +82,33 @@ def test_valid_input_is_taken(
 FORMS: dict[str, dict[str, Any]] = {
     name: {"sort_keys": True, "separators": (",", ":")} for name in ("invite", "card")
 }
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda path: path.write_bytes(b"a"),
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to(path.parent / "old"),
+        lambda path: os.close(os.open(path, os.O_CREAT)),
+        lambda path: sqlite3.connect(path).close(),
+        lambda path: (path.parent / "old").rename(path),
+        lambda path: (path.parent / "old").chmod(0o777),
+    ],
+)
+def test_the_watch_sees_whatever_is_done_beyond_the_parsers_folder(
+    watch: Any, folder: Path, tmp_path: Path, act: Callable[[Path], object]
+) -> None:
+    """Beside it and in the temporary folder too; within it all of that may be."""
+    own = Path(tempfile.mkdtemp(dir=folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        for beyond in (tmp_path, Path(temporary)):
+            (beyond / "old").touch()
+            with pytest.raises(AssertionError, match=re.escape(str(beyond))), watch.over(0):
+                act(beyond / "new")
+    (own / "old").touch()
+    with watch.over(0):
+        act(own / "new")
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES)))

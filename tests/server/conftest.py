@@ -71,7 +71,7 @@ class Sites:
                 seconds=1.0,
             )
         if isinstance(request, RouterRequest):
-            weights = np.full((4 if request.shared else 1, 5), mark, dtype=np.float32)
+            weights = np.full((4, 5), mark, dtype=np.float32) if request.shared else None
             return RouterReply(task=task.id, cancer=cancer, events=10, weights=weights, seconds=1.0)
         return ReleaseReply(
             task=task.id,

@@ -485,18 +485,34 @@ def test_admit_is_a_command(tmp_path: Path, honest: dict[str, Weights]) -> None:
 # Routers
 
 
-def router(factor: float = 1.0) -> Weights:
-    module = Roupkt.initial(STUDY.shape, experts=3, models=1, seed=1, config=STUDY.router)
+def router(factor: float = 1.0, *, experts: int = 3, models: int = 1) -> Weights:
+    module = Roupkt.initial(
+        STUDY.shape, experts=experts, models=models, seed=1, config=STUDY.router
+    )
     weights: Weights = flatten(module).numpy() * np.float32(factor)
     return weights
 
 
+def scores_of(task: Task, request: Message, score: float | None = 0.6) -> TransferReply:
+    """Return a site's answer to `score_sources`; of a private one, without any score."""
+    assert isinstance(request, TransferRequest)
+    told = (Score(c_index=score),) * len(request.sources)
+    return TransferReply(
+        task=task.id,
+        cancer=request.cancer,
+        scores=(SourceScore(c_index=score),) * len(request.sources),
+        training_scores=(told,) * STUDY.folds,
+        seconds=0.0,
+    )
+
+
 def test_routers_are_held_against_form_and_size() -> None:
-    assert ADMISSION.router_form(router(), shared=False, sources=2) == ""
-    assert parameter_count(Abmil(STUDY.shape)) != router().shape[1]
-    assert ADMISSION.router_form(router(), shared=True, sources=2)
-    assert ADMISSION.router_form(router(), shared=False, sources=3)
-    assert ADMISSION.router_form(router(np.inf), shared=False, sources=2)
+    routers = router(models=1 + STUDY.folds)
+    assert ADMISSION.router_form(routers, sources=2) == ""
+    assert parameter_count(Abmil(STUDY.shape)) != routers.shape[1]
+    assert ADMISSION.router_form(router(), sources=2)
+    assert ADMISSION.router_form(routers, sources=3)
+    assert ADMISSION.router_form(routers * np.float32(np.inf), sources=2)
     for factor, good in ((1.0, True), (-1.0, True), (1e4, False)):
         said = ADMISSION.router(router(factor), patients=PATIENTS, sent=(None,))
         assert (said == "") == good
@@ -504,40 +520,52 @@ def test_routers_are_held_against_form_and_size() -> None:
     assert ADMISSION.router(router(1e3), patients=PATIENTS, sent=(large, None)) == ""
 
 
-def test_a_bad_router_fails_its_row(run: Any) -> None:
-    study, _ = run()
-    task = next(task for task in study.due() if task.kind == "score_sources")
-    assert study.store.state(task) == "due"
-    request = study.request(task)
-    assert isinstance(request, TransferRequest)
-    reply = RouterReply(task=task.id, cancer=CANCERS["a"], events=1, weights=router(), seconds=1.0)
-    study.record(task, reply)  # not even the answer to this row
-    assert "not the answer" in causes(study)[task.id]
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (scaled(np.nan), "its routers hold values that are not finite"),
+        (lambda rows: rows[:, 1:], "its routers have shape (4, {}), expected (4, {})"),
+        (lambda rows: rows[:1], "its routers have shape (1, {1}), expected (4, {1})"),
+        (scaled(1e4), "a weight of a router lies"),
+    ],
+)
+def test_a_bad_router_fails_its_row(run: Any, spoil: Spoil, said: str) -> None:
+    """Of two sites that share a cancer, only the other one's routers are averaged."""
+    study, _ = run(holdings=SHARED)
+    shared = CANCERS["a"]
+    for task in study.due():
+        if task.cancer == shared:
+            study.record(task, scores_of(task, study.request(task)))
+    bad, good = sorted(
+        (task for task in study.due() if task.kind == "fit_router"), key=lambda task: task.site
+    )
+    assert (bad.site, good.site) == ("a", "h")
+    for task, change in ((bad, spoil), (good, scaled(1))):
+        request = study.request(task)
+        assert isinstance(request, RouterRequest)
+        assert request.shared
+        sound = router(experts=1 + len(request.sources), models=1 + STUDY.folds)
+        values: dict[str, Any] = {"cancer": shared, "events": EVENTS, "seconds": 1.0}
+        study.record(task, RouterReply(task=task.id, weights=change(sound), **values))
+    ((row, cause),) = causes(study).items()
+    assert row == bad.id
+    assert cause.startswith("quarantined: " + said.format(sound.shape[1] - 1, sound.shape[1]))
+    assert study.averaged("fit_router", shared, 0) == ["h"]
 
 
 def test_private_sites_tell_no_scores_and_keep_their_routers(run: Any) -> None:
     study, _ = run()
     task = next(task for task in study.due() if task.kind == "score_sources")
-    request = study.request(task)
-    assert isinstance(request, TransferRequest)
-    nothing = (Score(),) * len(request.sources)
-    cancer = request.cancer
-    study.record(
-        task,
-        TransferReply(
-            task=task.id,
-            cancer=cancer,
-            scores=(SourceScore(),) * len(request.sources),
-            training_scores=(nothing,) * STUDY.folds,
-            seconds=0.0,
-        ),
-    )
+    cancer, scores = task.cancer, scores_of(task, study.request(task), None)
+    study.record(task, scores)
     routing = next(task for task in study.due() if task.kind == "fit_router")
     request = study.request(routing)
     assert isinstance(request, RouterRequest)
-    assert len(request.sources) == len(nothing)  # nothing tells them apart: all may be used
+    assert len(request.sources) == len(scores.scores)  # nothing tells them apart: all may be used
     kept = RouterReply(task=routing.id, cancer=cancer, events=10, weights=None, seconds=0.0)
     assert "no routers to average" in study._quarantine._form(kept, replace(request, shared=True))
+    told = replace(kept, weights=router())
+    assert "routers that nobody averages" in study._quarantine._form(told, request)
     study.record(routing, kept)
     assert any(task.kind == "evaluate" and task.cancer == cancer for task in study.due())
     assert results(study)["targets"][cancer].get("best_source") is None

@@ -75,12 +75,11 @@ def answer(task: Task, request: Message) -> Message:
             seconds=1.0,
         )
     if isinstance(request, RouterRequest):
-        models = 4 if request.shared else 1
         return RouterReply(
             task=task.id,
             cancer=task.cancer,
             events=events,
-            weights=np.full((models, 5), events, dtype=np.float32),
+            weights=np.full((4, 5), events, dtype=np.float32) if request.shared else None,
             seconds=1.0,
         )
     if isinstance(request, FedAvgRequest):

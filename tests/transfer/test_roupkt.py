@@ -118,6 +118,16 @@ def test_the_published_widths_have_the_published_size() -> None:
     assert count == pytest.approx(4.6e6, rel=0.02)
 
 
+@pytest.mark.parametrize("shape", [ExpertShape(), SHAPE], ids=["published", "small"])
+def test_a_shape_tells_how_many_weights_models_have(shape: ExpertShape) -> None:
+    with torch.device("meta"):
+        assert shape.parameters == parameter_count(Abmil(shape))
+        for experts, own_heads in ((1, True), (3, True), (13, False)):
+            router = Roupkt(shape, experts=experts, own_heads=own_heads)
+            told = shape.router_parameters(experts=experts, own_heads=own_heads)
+            assert told == parameter_count(router)
+
+
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_a_warm_start_is_the_gated_vote_of_the_experts(renormalise) -> None:
     own, sources = drawn(Abmil(SHAPE, models=2), 1), drawn(Abmil(SHAPE, models=3), 2)
