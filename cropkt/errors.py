@@ -11,6 +11,7 @@
     │   └── NotEstimableError            a quantity these patients cannot determine
     ├── ArtifactError                65  an expert or router file is not what it says it is
     │   ├── FileFormatError              not a safetensors file, or a damaged one
+    │   ├── PickledError                 a pickle, which is never read
     │   ├── TooLargeError                larger than the limit
     │   ├── CardError                    its card is not in the agreed form
     │   ├── CardChangedError             its card is not what was signed
@@ -109,7 +110,11 @@ class ArtifactError(DataError):
 
 
 class FileFormatError(ArtifactError):
-    """The file is no safetensors file (a pickle is none), or it is damaged."""
+    """The file is no safetensors file, or it is damaged."""
+
+
+class PickledError(ArtifactError):
+    """The file is a pickle, as torch.save writes them: reading it could run code."""
 
 
 class TooLargeError(ArtifactError):

@@ -112,6 +112,12 @@ def refuse_other(said: SlideFacts, expected: SlideFacts, where: str) -> None:
         raise SlideMismatchError(where, problem, fix)
 
 
+def unchecked(said: SlideFacts, expected: SlideFacts) -> tuple[str, ...]:
+    """Return which of encoder and magnification `refuse_other` has nothing to compare with."""
+    names = ("encoder", "magnification")
+    return tuple(n for n in names if not (getattr(said, n) and getattr(expected, n)))
+
+
 def _of_folders(path: Path) -> tuple[str | None, float | None, float | None]:
     """Return encoder, magnification and patch size as TRIDENT's folders name them."""
     encoder = magnification = patch_size = None

@@ -30,6 +30,7 @@ from cropkt.errors import (
     FileFormatError,
     MissingTensorError,
     NotFiniteError,
+    PickledError,
     TensorShapeError,
     TensorTypeError,
     TooLargeError,
@@ -50,6 +51,8 @@ from cropkt.files import write_private
 MAX_FILE = 1 << 29  # bytes
 MAX_HEADER = 1 << 16  # bytes
 _LENGTH = 8  # bytes, of the header's length
+_PICKLES = (b"PK\x03\x04", *(bytes([0x80, number]) for number in range(2, 6)))  # torch zips them
+_SAFE = "Ask for the expert in safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -150,16 +153,17 @@ def read_header(
         longest: bytes that its header may have.
 
     Raises:
-        FileFormatError, TooLargeError: it is none, is damaged, or is larger.
+        FileFormatError, PickledError, TooLargeError: it is none, is damaged, or is larger.
     """
     size = os.fstat(file.fileno()).st_size
     if size > limit:
         raise TooLargeError(path, f"it has {size} bytes, at most {limit} are read")
     start = file.read(_LENGTH)
+    if start.startswith(_PICKLES):
+        raise PickledError(path, "it is a pickle, and those are never read", _SAFE)
     length = int.from_bytes(start, "little")
     if len(start) < _LENGTH or not 2 <= length <= min(longest, size - _LENGTH):
-        problem = "it is no safetensors file; pickles are never read"
-        raise FileFormatError(path, problem, "Ask for the expert in safetensors")
+        raise FileFormatError(path, "it is no safetensors file", _SAFE)
     try:
         header = json.loads(file.read(length))
         parts = [item for name, item in header.items() if name != "__metadata__"]

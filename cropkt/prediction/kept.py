@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cropkt.cancers import Cancer
-from cropkt.config import Encoder, SiteName, StudyConfig
+from cropkt.config import SiteName, StudyConfig
 from cropkt.errors import (
     ExtraTensorError,
     FileFormatError,
@@ -93,7 +93,7 @@ class About:
     sources: tuple[Source, ...]
     parents: tuple[Sha256, ...] = ()  # cards of which the own expert is an average
     out_of_fold: dict[Which, OutOfFold]
-    encoder: Encoder
+    encoder: str  # as the files of the training slides say, or nothing
     magnification: Known | None = None
     patch_size: Known | None = None
     draws: Annotated[int, Field(ge=1, le=10_000)]

@@ -49,7 +49,7 @@ def release(
         sources: the experts of other cancers, in the order of `job.sources`.
         parents: hashes of the cards that the own expert is an average of.
         scores: of every arm, out of fold.
-        facts: what the training slides, or the site, say of how slides are made.
+        facts: what the files of the training slides agree on.
     """
     target, study, guarded = job.target, job.study, job.guarded
     cohort, final = target.cohort, guarded.final

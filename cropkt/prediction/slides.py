@@ -26,6 +26,7 @@ class Slide:
     patch_size: float | None  # pixels of the finest level
     guessed: bool = False  # the patch size is the spacing of the coordinates
     size: tuple[int, int] | None = None  # width and height of the finest level, pixels
+    unchecked: tuple[str, ...] = ()  # what could not be compared with the training slides
 
     def part(self, attention: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the slide's own part (patches,) of a patient's attention (N,)."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from cropkt_docs import transcript
 from cropkt_docs.blocks import ROOT, SHOWN, Block, LabelError, Step, blocks, pages
 
 BLOCKS = [block for page in pages() for block in blocks(page)]
@@ -150,6 +151,14 @@ def source_tree(folder: Path) -> Path:
         shutil.copy2(ROOT / path, copy / path)  # with its time, or make would install again
     (copy / ".venv").symlink_to(sys.prefix)
     return copy
+
+
+def test_the_transcript_shows_what_the_readme_has_its_reader_type() -> None:
+    lines = [line[9:] for line in transcript.PAGE.read_text().splitlines()]
+    told = "\n".join(lines)
+    for command in transcript.commands():
+        assert f"\n$ {command}\n" in told, command
+    assert sum(line.startswith("$ ") for line in lines) == len(transcript.commands())
 
 
 def test_what_is_not_run_says_why() -> None:

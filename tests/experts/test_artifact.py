@@ -314,8 +314,11 @@ def test_a_pickle_is_refused_and_not_run(path: Path, load: Load, tmp_path: Path)
 
     for protocol in range(2, 6):
         path.write_bytes(pickle.dumps(Traced(), protocol=protocol) + bytes(100))
-        with pytest.raises(errors.FileFormatError, match="pickles are never read"):
+        with pytest.raises(errors.PickledError, match="a pickle, and those are never read"):
             load()
+    torch.save(Traced(), path)
+    with pytest.raises(errors.PickledError):
+        load()
     assert not trace.exists()
 
 
@@ -339,7 +342,7 @@ def test_any_bytes_end_in_a_typed_refusal(
 
 def test_every_refusal_has_a_class_of_its_own(path: Path) -> None:
     kinds = errors.ArtifactError.__subclasses__()
-    assert len({kind.__name__ for kind in kinds}) == len(kinds) == 17
+    assert len({kind.__name__ for kind in kinds}) == len(kinds) == 18
     assert all(issubclass(kind, errors.DataError) and kind.__doc__ for kind in kinds)
 
 
