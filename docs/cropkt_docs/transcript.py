@@ -6,8 +6,8 @@ installs cropkt, and takes a quarter of an hour or more.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cropkt_docs.blocks import ROOT, blocks
+from cropkt_docs.shell import Shell
 
 PAGE = ROOT / "docs" / "transcripts" / "first-hour.md"
 HOME = "/home/you/cropkt"  # stands for the folder of the clone
@@ -54,30 +55,15 @@ def _typed(command: str, *, script: bool) -> Iterator[str]:
 
 def record(folder: Path) -> Iterator[Line]:
     """Type the commands in `folder`; yield what is typed and printed as it comes."""
-    began = time.monotonic()
-    with subprocess.Popen(
-        ["bash", "--noprofile", "--norc"],
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "COLUMNS": "128"},
-    ) as shell:
-        assert shell.stdin is not None
-        assert shell.stdout is not None
+    began, shell = time.monotonic(), Shell(folder, COLUMNS="128")
+    with contextlib.closing(shell):
         for command in commands():
             for part in f"$ {command}".splitlines():
                 yield Line(time.monotonic() - began, part)
-            mark = f"end-{secrets.token_hex(8)}"
-            print(f"{command}\necho {mark} $?", file=shell.stdin, flush=True)
-            for line in shell.stdout:
-                if line.startswith(mark):
-                    break
+            for line in shell.lines(command):
                 yield Line(time.monotonic() - began, line.rstrip().replace(str(folder), HOME))
-            if not line.startswith(f"{mark} 0"):
-                raise SystemExit(f"{command}: failed\n{line}")
-        shell.stdin.close()
+            if shell.code:
+                raise SystemExit(f"{command}: ended with {shell.code}")
 
 
 def page(lines: Sequence[Line], load: float) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import secrets
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +15,7 @@ import pytest
 
 from cropkt_docs import transcript
 from cropkt_docs.blocks import ROOT, SHOWN, Block, LabelError, Step, blocks, pages
+from cropkt_docs.shell import Shell
 
 BLOCKS = [block for page in pages() for block in blocks(page)]
 IN_SOURCE = ("README.md", "CONTRIBUTING.md")  # pages to be followed in the source tree
@@ -32,59 +30,13 @@ def by_page(*, slow: bool) -> list[tuple[str, list[Block]]]:
     ]
 
 
-class Shell:
-    """A shell that is told commands one at a time, in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        home = folder / "home"
-        home.mkdir()
-        place = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        self._process = subprocess.Popen(
-            ["bash", "--noprofile", "--norc"],
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **os.environ,
-                "PATH": place,
-                "HOME": str(home),
-                "COLUMNS": "120",
-            },
-            start_new_session=True,
-        )
-
-    def run(self, command: str) -> tuple[str, int]:
-        """Return what a command printed, and its exit code."""
-        mark = f"end-{secrets.token_hex(8)}"
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(f"{command}\necho {mark} $?\n")
-        stdin.flush()
-        lines: list[str] = []
-        for line in stdout:
-            if mark in line:
-                before, _, code = line.partition(mark)
-                return "".join([*lines, before]), int(code)
-            lines.append(line)
-        return "".join(lines), -1
-
-    def end(self) -> None:
-        """End the shell and whatever it left running."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-        self._process.kill()
-        self._process.communicate()  # closes the pipes
-
-
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[Shell]:
-    one = Shell(tmp_path)
+    (home := tmp_path / "home").mkdir()
+    place = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    one = Shell(tmp_path, PATH=place, HOME=str(home), COLUMNS="120")
     yield one
-    one.end()
+    one.close()
 
 
 def plain(text: str) -> list[str]:
@@ -132,9 +84,11 @@ def test_the_commands_of_a_page(page: str, mine: list[Block], shell: Shell) -> N
 @pytest.mark.docs
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("page", "mine"), by_page(slow=True), ids=name)
-def test_the_longer_commands_of_a_page(page: str, mine: list[Block], shell: Shell) -> None:
+def test_the_longer_commands_of_a_page(
+    page: str, mine: list[Block], shell: Shell, tmp_path: Path
+) -> None:
     if page in IN_SOURCE:
-        shell.run(f"cd {source_tree(shell.folder)}")
+        shell.run(f"cd {source_tree(tmp_path)}")
     follow(shell, mine)
 
 
