@@ -120,7 +120,7 @@ slides: [features]
 
 # The patch encoder, as agreed in the study, for example UNI2-h.
 encoder: ""
-# The magnification of its patches; left out, it is what the files of the slides agree on.
+# The magnification of its patches, where the files of the slides do not say it.
 # magnification: 20
 
 # A row or slide that is not usable: raise (stop, and name it) or skip (leave it out, and count it).

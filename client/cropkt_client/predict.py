@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +18,16 @@ from PIL import Image, UnidentifiedImageError
 
 from cropkt.cancers import Cancer, cancer_of
 from cropkt.cohort.checks import all_finite, slides_by_name
-from cropkt.cohort.facts import SlideFacts, facts_of, refuse_other
+from cropkt.cohort.facts import SlideFacts, facts_of, refuse_other, unchecked
 from cropkt.cohort.features import SlideFolders
-from cropkt.cohort.names import bare_name
+from cropkt.cohort.names import SlideNames, bare_name
 from cropkt.cohort.outcomes import PatientOutcome, counted
 from cropkt.cohort.pack import Pack
 from cropkt.cohort.source import SlideSource
 from cropkt.cohort.tables import read_table
 from cropkt.errors import (
     BagShapeError,
+    CohortError,
     ConfigError,
     DataError,
     MissingSlideError,
@@ -107,15 +109,19 @@ def predict(site: Site, request: Request) -> Summary:
     """
     model = _model(site, request)
     source = _source(request.slides)
-    folds = _training_folds(site, request.cancer)
     patients = _patients(request, source)
-    facts = _checked(patients, source, model.about, site)
+    folds = _training_folds(site, request, patients)
+    expected = SlideFacts(
+        encoder=model.about.encoder or None,
+        magnification=model.about.magnification or site.config.magnification,
+        patch_size=model.about.patch_size,
+    )
+    facts = _checked(patients, source, expected, dim=model.about.study.shape.dim, site=site)
     request.out.mkdir(parents=True, exist_ok=True, mode=0o700)
     summary, found = Summary(out=str(request.out)), []
     names = _folder_names([patient.patient_id for patient in patients])
-    for patient, name in zip(patients, names, strict=True):
-        slides, bag = _read(patient, source, facts, request)
-        fold = folds.get(patient.patient_id)
+    for patient, fold, name in zip(patients, folds, names, strict=True):
+        slides, bag = _read(patient, source, facts, expected, request)
         (answer,) = model.predict([bag], model=request.model, folds=[fold])
         one = Predicted(patient=patient.patient_id, slides=tuple(slides), answer=answer)
         found.append(one)
@@ -163,12 +169,32 @@ def _source(slides: Sequence[Path]) -> SlideSource:
     return SlideFolders(slides)
 
 
-def _training_folds(site: Site, cancer: Cancer) -> dict[str, int]:
-    """Return the fold of each patient whom the model learnt from."""
-    kept = site.kept(f"{cancer}/predictions")
+def _training_folds(
+    site: Site, request: Request, patients: Sequence[PatientOutcome]
+) -> list[int | None]:
+    """Return the fold of each patient whom the model learnt from, known by id or by a slide.
+
+    Raises:
+        CohortError: no model left out all training patients whose slides were given as one's.
+    """
+    kept = site.kept(f"{request.cancer}/predictions")
     if kept is None:
-        return {}
-    return dict(zip(map(str, kept["patients"]), map(int, kept["folds"]), strict=True))
+        return [None] * len(patients)
+    if "slides" not in kept:
+        problem = "was kept by an earlier version, and does not say which slides it learnt from"
+        raise ConfigError(site.state / request.cancer, problem, "Let a study release it again")
+    of_patient = dict(zip(kept["patients"].tolist(), kept["folds"].tolist(), strict=True))
+    slides, owners = map(bare_name, kept["slides"].tolist()), kept["folds"][kept["owners"]]
+    of_slide = dict(zip(slides, owners.tolist(), strict=True))
+    names, found = SlideNames(of_slide), []
+    for patient in patients:
+        folds = {of_slide[name] for slide in patient.slides for name in names.matches(slide)}
+        folds |= {of_patient[name] for name in [patient.patient_id] if name in of_patient}
+        if len(folds) > 1:
+            problem = "slides of training patients of several folds were given as one patient's"
+            raise CohortError(request.table or "--slides", problem, "Ask for each patient alone")
+        found.append(folds.pop() if folds else None)
+    return found
 
 
 def _patients(request: Request, source: SlideSource) -> list[PatientOutcome]:
@@ -215,15 +241,15 @@ def _patient(name: str, slides: Sequence[tuple[str, int]]) -> PatientOutcome:
 
 
 def _checked(
-    patients: Sequence[PatientOutcome], source: SlideSource, about: About, site: Site
+    patients: Sequence[PatientOutcome],
+    source: SlideSource,
+    expected: SlideFacts,
+    *,
+    dim: int,
+    site: Site,
 ) -> dict[str, SlideFacts]:
     """Check every slide's header before the first is answered; return what each says."""
-    expected = SlideFacts(
-        encoder=about.encoder or None,
-        magnification=about.magnification or site.config.magnification,
-        patch_size=about.patch_size,
-    )
-    dim, facts = about.study.shape.dim, {}
+    facts = {}
     for patient in patients:
         for slide, row in patient.numbered_slides():
             path, facts[slide] = _where(source, slide, row), facts_of(source, slide)
@@ -233,7 +259,7 @@ def _checked(
                 raise SlideFileError(path, "the slide's bag is empty", "Extract it again")
             if width != dim:
                 problem = f"features are {width} wide, the model reads {dim}"
-                fix = f"Extract with the encoder of the study{_named(about.encoder)}"
+                fix = f"Extract with the encoder of the study{_named(site.config.encoder)}"
                 raise BagShapeError(path, problem, fix)
     return facts
 
@@ -248,7 +274,11 @@ def _named(encoder: str) -> str:
 
 
 def _read(
-    patient: PatientOutcome, source: SlideSource, facts: Mapping[str, SlideFacts], request: Request
+    patient: PatientOutcome,
+    source: SlideSource,
+    facts: Mapping[str, SlideFacts],
+    expected: SlideFacts,
+    request: Request,
 ) -> tuple[list[Slide], torch.Tensor]:
     """Return a patient's slides and their patches as one bag."""
     slides, pieces, first = [], [], 0
@@ -271,6 +301,7 @@ def _read(
                 patch_size=size or guess,
                 guessed=guess is not None,
                 size=request.level0_size or known,
+                unchecked=unchecked(said, expected),
             )
         )
         pieces.append(features)
@@ -309,6 +340,12 @@ def _notes(slides: Sequence[Slide], *, answer: Answer) -> list[str]:
         notes.append(
             f"{counted(guessed, 'slide')} whose file does not say how large a patch is: taken from "
             "the spacing of the coordinates (--patch-size says it)."
+        )
+    blank = Counter(" and ".join(slide.unchecked) for slide in slides if slide.unchecked)
+    for what, count in blank.items():
+        notes.append(
+            f"{counted(count, 'slide')} whose {what} went unchecked: its own file or those of the "
+            "training slides do not say it."
         )
     return notes
 

@@ -121,14 +121,12 @@ class Site:
         return self.state / cancer / "released.safetensors"
 
     def facts(self, cohort: Cohort) -> SlideFacts:
-        """Return how slides are made here: as `site.yaml` says, or as their files agree."""
-        slides = (slide for patient in cohort.slides for slide in patient)
-        found = common(facts_of(cohort.source, slide) for slide in slides)
-        return replace(
-            found,
-            encoder=self.config.encoder or found.encoder,
-            magnification=self.config.magnification or found.magnification,
-        )
+        """Return how slides are made here, as their files agree.
+
+        The encoder's name in `site.yaml` is the study's label, which no file has to bear.
+        """
+        source = self.source()  # the cohort's own may hold patches in memory, and no files
+        return common(facts_of(source, slide) for patient in cohort.slides for slide in patient)
 
     def answered(self, request: Message, replies: tuple[type[Message], ...]) -> Message | None:
         """Return the answer this site gave to exactly this request, if it did."""

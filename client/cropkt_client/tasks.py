@@ -342,11 +342,14 @@ def _keep_predictions(
     site: Site, cancer: Cancer, job: Job, said: dict[Arm, tuple[Prediction, Spent]]
 ) -> None:
     """Keep on site what each arm says of each patient, and whom it listened to."""
+    cohort = job.target.cohort
     site.keep(
         f"{cancer}/predictions",
         {
-            "patients": np.array(job.target.cohort.patient_ids),
+            "patients": np.array(cohort.patient_ids),
             "folds": job.target.folds,
+            "slides": np.array([slide for slides in cohort.slides for slide in slides]),
+            "owners": np.repeat(np.arange(len(cohort)), [len(slides) for slides in cohort.slides]),
             "router_weights": job.routed[1],
             "risk_final": final_risk(job),
             **{f"risk_{arm}": prediction.risk for arm, (prediction, _) in said.items()},

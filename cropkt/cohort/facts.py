@@ -9,6 +9,7 @@ CLAM writes `patch_size`, `patch_level` and `downsample`. An attribute `encoder`
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -88,6 +89,15 @@ def common(several: Iterable[SlideFacts]) -> SlideFacts:
             said = {min(said)}
         agreed[field.name] = said.pop() if len(said) == 1 else None
     return SlideFacts(**agreed)
+
+
+def tallies(several: Iterable[SlideFacts]) -> tuple[Counter[str], Counter[float]]:
+    """Return how many slides say which encoder, and which magnification; spellings are one."""
+    listed = list(several)
+    return (
+        Counter(_plain(one.encoder) for one in listed if one.encoder),
+        Counter(one.magnification for one in listed if one.magnification),
+    )
 
 
 def refuse_other(said: SlideFacts, expected: SlideFacts, where: str) -> None:

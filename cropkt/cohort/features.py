@@ -13,6 +13,7 @@ from cropkt.cohort.formats import (
     coords_of,
     dtype_of,
     features_of,
+    holds_only_coords,
     is_compressed,
     shape_of,
     write_slide_h5,
@@ -37,10 +38,13 @@ class SlideFolders(SlideSource):
     (`.h5` and `.hdf5` are one) are an error that names both, raised when the slide is asked for,
     as is a name without UUID that fits two slides. Files whose names begin with a dot are left
     out, and folders behind symbolic links are searched.
+
+    Of a whole job of TRIDENT or CLAM, two kinds of files are left out: those in `patches` that hold
+    positions and no features, and those in `slide_features_*` beside `features_*`, one vector each.
     """
 
     def __init__(self, folders: Path | str | Sequence[Path | str]) -> None:
-        """List the files; opens none.
+        """List the files; opens none but those in folders named `patches`.
 
         Raises:
             MissingSlideError: a folder does not exist, or none holds a slide file.
@@ -157,6 +161,11 @@ def _slide_files(folders: Sequence[Path]) -> Iterator[Path]:
                 continue
             walked.add(real)
             below.sort()
+            if any(name.startswith("features_") for name in below):
+                below[:] = [name for name in below if not name.startswith("slide_features_")]
             for name in sorted(names):
-                if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                    yield Path(folder, name)
+                path = Path(folder, name)
+                if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
+                    continue
+                if not (path.parent.name == "patches" and holds_only_coords(path)):
+                    yield path

@@ -74,6 +74,17 @@ def coords_of(path: Path) -> Tensor | None:
         return positions.to(torch.int64)
 
 
+def holds_only_coords(path: Path) -> bool:
+    """Return whether a file is HDF5 with positions of patches and without features."""
+    if path.suffix.lower() not in (".h5", ".hdf5"):
+        return False
+    try:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            return "coords" in file and "features" not in file
+    except (OSError, RuntimeError, KeyError):
+        return False  # reading its features says what is wrong
+
+
 def is_compressed(path: Path) -> bool:
     """Return whether each reading has to decompress the features, which HDF5 alone can hold so.
 

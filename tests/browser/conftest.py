@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +23,12 @@ from cropkt_server.public import listening
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-GONE = ("Failed to load resource: net::ERR_CONNECTION", "htmx:sendError", "htmx:afterRequest")
+GONE = (
+    "Failed to load resource: net::ERR_CONNECTION",
+    "htmx:sendError",
+    "htmx:afterRequest",
+    "htmx:timeout",
+)
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -82,6 +90,27 @@ def serve() -> Iterator[Callable[[Path], Served]]:
     yield serve
     for each in served:
         each.stop()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Path], tuple[str, subprocess.Popen[str]]]]:
+    """Return what starts the board of a study folder as a process, and its address."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def begin(folder: Path) -> tuple[str, subprocess.Popen[str]]:
+        command = "from cropkt_server.cli import main; main()"
+        arguments = [sys.executable, "-c", command, "board", str(folder), "--port", "0"]
+        begun.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True))
+        assert begun[-1].stdout is not None
+        return begun[-1].stdout.readline().strip(), begun[-1]
+
+    yield begin
+    for process in begun:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        process.wait(10)
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 @pytest.fixture

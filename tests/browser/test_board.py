@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -124,7 +125,8 @@ def test_a_site_is_revoked_by_keyboard_alone_after_a_question(
     assert page.evaluate("document.activeElement.textContent") == "Close"
     page.keyboard.press("Enter")
     dialog.wait_for(state="hidden")
-    page.locator("#sites tr", has_text="amc").get_by_text("revoked").wait_for(timeout=SOON)
+    state = page.locator("#sites tr", has_text="amc").get_by_text("revoked", exact=True)
+    state.wait_for(timeout=SOON)
     assert {s.site: s.state for s in read_status(board_study).sites}["amc"] == "revoked"
 
 
@@ -152,6 +154,17 @@ def test_who_is_gone_is_said(
     assert page.locator("#lost").is_hidden()
     served.stop()
     page.get_by_text("No answer from the board since").wait_for(timeout=SOON)
+
+
+def test_a_board_that_hangs_is_told_from_one_that_answers(
+    board_study: Path, start: Callable[..., Any], visit: Callable[..., Page]
+) -> None:
+    url, process = start(board_study)
+    page = visit(url)
+    process.send_signal(signal.SIGSTOP)
+    page.get_by_text("No answer from the board since").wait_for(timeout=2 * SOON)
+    process.send_signal(signal.SIGCONT)
+    page.locator("#lost").wait_for(state="hidden", timeout=SOON)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -14,10 +14,12 @@ import yaml
 
 from cropkt.cancers import Cancer
 from cropkt.checkup import Finding, part, show
-from cropkt.cohort.features import write_slide_h5
+from cropkt.cohort.features import SlideFolders, write_slide_h5
+from cropkt.cohort.pack import write_pack
 from cropkt.config import ExpertShape, StudyConfig
 from cropkt_client.doctor import machine
 from cropkt_client.doctor.cohort import Cohorts
+from cropkt_client.site import Site, folds_of
 
 SECRET = "SECRET"  # every id and file name begins with it
 PATIENTS, DIM = 36, 5
@@ -97,10 +99,11 @@ def only(found: dict[str, Finding], check: str, word: str) -> Finding:
 
 def test_all_is_well(hospital: Hospital) -> None:
     found = hospital.checked(code=0)
+    assert found.pop("made alike").found == "no file says its encoder or magnification"
     assert {finding.word for finding in found.values()} == {"ok"}, found
     assert "plain, OS (1 = event), `event`, `time` in days" in found["outcomes"].found
-    assert "36 with outcome and slides, 27 events; 12 have" in found["patients of UVM"].found
-    assert found["events of UVM"].found == "9 to 9 a fold"
+    assert "36 with outcome and slides, events: 27; 12 have" in found["patients of UVM"].found
+    assert found["events of UVM"].found == f"by fold: {', '.join(['fewer than 10'] * 3)}"
     assert "whole in one of 3 folds, 12 with several slides" in found["both sides of UVM"].found
     assert found["values"].found == "all finite; 48 of 48 slides read"
     total = sum(h5py.File(hospital.slide(i))["features"].shape[0] for i in range(48))
@@ -124,6 +127,56 @@ def test_no_encoder(hospital: Hospital) -> None:
     hospital.settings["encoder"] = ""
     hospital.write()
     assert "site.yaml" in only(hospital.checked(encoder=None, code=0), "encoder", "warn").fix
+
+
+def test_experts_that_name_no_encoder(hospital: Hospital) -> None:
+    found = hospital.checked(encoder="", code=1)
+    assert "names UNI2-h, the study's experts name none" in only(found, "encoder", "fail").found
+    hospital.settings["encoder"] = ""
+    hospital.write()
+    only(hospital.checked(encoder="", code=0), "encoder", "warn")
+
+
+@pytest.mark.parametrize(
+    ("others", "settings", "word", "says"),
+    [
+        ({}, {}, "ok", "encoder (said by 48) and magnification (48) of 48 files agree"),
+        ({"encoder": "univ2"}, {}, "ok", "encoder (said by 48)"),
+        ({"encoder": f"{SECRET}-conch"}, {}, "warn", "2 encoders (slides: 36, 12)"),
+        ({"target_magnification": 40}, {}, "warn", "2 magnifications (slides: 20x: 36, 40x: 12)"),
+        ({}, {"magnification": 20}, "ok", "agree"),
+        ({}, {"magnification": 40}, "warn", "site.yaml says 40x, the files 20x"),
+    ],
+)
+def test_slides_that_were_made_in_two_ways(
+    hospital: Hospital, others: dict[str, Any], settings: dict[str, Any], word: str, says: str
+) -> None:
+    hospital.settings |= settings
+    hospital.write()
+    for row in range(48):
+        said = {"encoder": "UNI2-h", "target_magnification": 20} | (others if row < 12 else {})
+        with h5py.File(hospital.slide(row), "a") as file:
+            file.attrs.update(said)
+    found = hospital.checked(code=0)
+    assert found["made alike"].word == word
+    assert says in found["made alike"].found
+
+
+def test_a_pack_that_does_not_say_how_it_was_made(hospital: Hospital) -> None:
+    source = SlideFolders(hospital.folder / "slides")
+    slides = ((name, source.features(name).numpy()) for name in source.slide_ids())
+    write_pack(hospital.folder / "pack", slides, dim=DIM, dtype=np.float16)
+    hospital.settings |= {"slides": [], "pack": "pack"}
+    hospital.write()
+    assert "a pack does not keep" in hospital.checked(code=0)["made alike"].found
+
+
+def test_no_slide_can_be_read(hospital: Hospital) -> None:
+    for path in (hospital.folder / "slides").iterdir():
+        path.write_bytes(b"nothing")
+    found = hospital.checked(code=1)
+    assert found["width"].found == "no slide can be read"
+    assert "log" not in found["width"].fix  # nothing is written there
 
 
 def test_another_width(hospital: Hospital) -> None:
@@ -260,9 +313,38 @@ def test_few_events(hospital: Hospital) -> None:
         row[3] = str(int(row[0] in died))
     hospital.write()
     found = hospital.checked(code=0)
-    assert (found["events of UVM"].word, found["events of UVM"].found) == ("warn", "1 to 2 a fold")
+    assert found["events of UVM"].word == "warn"
+    assert found["events of UVM"].found == f"by fold: {', '.join(['fewer than 10'] * 3)}"
+    assert found["patients of UVM"].found.startswith("36 with outcome and slides, events: fewer")
     assert found["release of UVM"].word == "warn"
-    assert "4 events are fewer than" in found["release of UVM"].found
+    assert "patients: 36, events: fewer than 10" in found["release of UVM"].found
+
+
+def test_the_counts_of_every_fold(hospital: Hospital) -> None:
+    hospital.settings["release"] = {"minimum_patients": 0, "minimum_events": 0}
+    hospital.write()
+    found = hospital.checked(code=0)
+    site = Site.load(hospital.config)
+    cohort, _ = site.cohort(Cancer.UVM, STUDY)
+    folds = folds_of(cohort, STUDY)
+    inside = [(cohort.days[folds == n], cohort.event[folds == n]) for n in range(3)]
+    events = ", ".join(str(int(event.sum())) for _, event in inside)
+    pairs = ", ".join(
+        str(sum(e and t < other for t, e in zip(days, event, strict=True) for other in days))
+        for days, event in inside  # no two times are equal
+    )
+    assert found["events of UVM"].found == f"by fold: {events}"
+    assert found["pairs of UVM"].found == f"comparable by fold: {pairs}"
+
+
+def test_a_fold_without_a_comparable_pair_is_told(hospital: Hospital) -> None:
+    died = {f"{SECRET}-{i:02d}" for i in (3, 20)}
+    for row in hospital.rows:
+        row[3] = str(int(row[0] in died))
+    hospital.write()
+    finding = hospital.checked(code=0)["pairs of UVM"]  # the study judges the other folds
+    assert finding.word == "warn"
+    assert "1 fold without any: its patients are not judged" in finding.found
 
 
 def test_folds_without_a_comparable_pair(hospital: Hospital) -> None:
@@ -284,7 +366,7 @@ def test_too_few_patients_for_the_folds(hospital: Hospital) -> None:
     ("release", "says", "fix"),
     [
         (None, "nothing leaves this site", "Decide `release`"),
-        ({"minimum_patients": 37}, "36 patients and 27 events are fewer", "Lower the minima"),
+        ({"minimum_patients": 37}, "patients: fewer than 37, events: 27", "Lower the minima"),
         ({"purposes": ["care"]}, "a study for research is answered nothing", "release.purposes"),
         ({"cancers": []}, "nothing of this cancer leaves", "release.cancers"),
     ],

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Toy:
             "study": "eye",
             "cropkt": cropkt.__version__,
             "protocol": 1,
-            "flwr": "1.41.0",
+            "flwr": version("flwr"),
             "bundle": bundle_hash(),
             "time": time.time(),
             "closed": self.hellos > self.closed_after,
@@ -374,6 +375,7 @@ def test_the_proxy_is_used_and_its_failures_are_one_line(
     [
         ({"protocol": 2}, "protocol is '2' at the coordinator and 1 here"),
         ({"cropkt": "9.9"}, "cropkt is '9.9' at the coordinator and"),
+        ({"flwr": "1.40.9"}, "Flower is 1.40.9 at the coordinator and"),
         ({"bundle": "a" * 64}, "bundle is"),
         ({"time": None}, "not understood (time)"),
     ],
@@ -388,6 +390,15 @@ def test_versions_that_differ_are_named(
     code, said = run("enrol", encode_invite(toy.invite()), "--config", joined)
     assert code == 76
     assert words in _one_line(said)
+
+
+def test_another_patch_of_the_same_releases_fits(toy: Toy, joined: Path) -> None:
+    here = {"cropkt": cropkt.__version__, "flwr": version("flwr")}
+    toy.hello = {name: f"{v.rpartition('.')[0]}.999" for name, v in here.items()}
+    ca = toy.ca.public_bytes(ser.Encoding.PEM)
+    serve.check(Coordinator(toy.host, ca).hello(), Enrolment.load(joined.parent / "state"))
+    code, said = run("enrol", encode_invite(toy.invite()), "--config", joined)
+    assert code == 0, said
 
 
 def test_another_sites_invite_is_refused_before_anything_is_sent(toy: Toy, joined: Path) -> None:

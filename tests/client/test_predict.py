@@ -15,14 +15,22 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner
 
 from cropkt.cancers import Cancer
+from cropkt.cohort.facts import SlideFacts
+from cropkt.cohort.pack import Pack
 from cropkt.config import StudyConfig
 from cropkt.experts.card import hash_of
 from cropkt.messages import ExpertRequest, ReleaseRequest, RouterRequest
+from cropkt.prediction.answer import Answer
 from cropkt.prediction.kept import Kept
+from cropkt.prediction.model import ReleasedModel
+from cropkt.report.canvas import png
+from cropkt_client import predict as module
 from cropkt_client import tasks
 from cropkt_client.cli import app
 from cropkt_client.site import Site
@@ -31,6 +39,8 @@ from cropkt_client.trust import note_revoked
 UVM, SKCM, KIPAN = Cancer.UVM, Cancer.SKCM, Cancer.KIPAN
 DIM = 6
 SECRET = "SECRETPATIENT"
+TRIDENT = "20x_256px_0px_overlap/features_uni_v2"
+MADE = {"target_magnification": 20, "patch_size": 256, "patch_size_level0": 512}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +54,10 @@ def hospital(
     sites = {}
     for seed, cancer in enumerate((UVM, KIPAN, SKCM)):
         (root / cancer).mkdir()
-        sites[cancer] = Site.load(
-            write(root / cancer, cancer, seed=seed, encoder="UNI2-h", magnification=20)
-        )
+        data = {"pack": None, "slides": [TRIDENT]} if cancer == UVM else {}
+        path = write(root / cancer, cancer, seed=seed, encoder="UNI2-h-20x", **data)
+        sites[cancer] = Site.load(path)
+    unpack(root / UVM)
     replies = {
         cancer: tasks.fit_expert(ExpertRequest(task="t", study=study, cancer=cancer), site)
         for cancer, site in sites.items()
@@ -65,6 +76,18 @@ def hospital(
     return mine
 
 
+def unpack(folder: Path) -> None:
+    """Write the slides of a pack as TRIDENT does, under other names than their patients'."""
+    packed, table = Pack(folder / "pack"), folder / "outcomes.csv"
+    header, *lines = table.read_text().splitlines()
+    for number, line in enumerate(lines):
+        patient, name, *rest = line.split(",")
+        lines[number] = ",".join([patient, f"slide-{number:03d}", *rest])
+        features = packed.features(name).numpy()
+        slide(folder / TRIDENT / f"slide-{number:03d}.h5", features=features, **MADE)
+    table.write_text("\n".join([header, *lines]) + "\n")
+
+
 def slide(
     path: Path,
     *,
@@ -72,13 +95,16 @@ def slide(
     coords: bool = True,
     patches: int = 20,
     seed: int = 0,
+    features: np.ndarray | None = None,
     **about: Any,
 ) -> Path:
     """Write a slide as TRIDENT does: 20 patches of 512 pixels on a grid."""
-    rng = np.random.default_rng(seed)
+    if features is None:
+        features = np.random.default_rng(seed).normal(size=(patches, width)).astype("float32")
+    patches = len(features)
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
-        file["features"] = rng.normal(size=(patches, width)).astype("float32")
+        file["features"] = features
         if coords:
             grid = np.stack([np.arange(patches) % 5, np.arange(patches) // 5], 1) * 512
             file["coords"] = grid
@@ -158,10 +184,8 @@ def test_what_is_written_is_private_and_nothing_is_said_of_patients(
 
 
 def test_training_patients_get_what_the_guard_finally_says(hospital: Site, tmp_path: Path) -> None:
-    run(
-        *(hospital, "--slides", hospital.folder / "pack", "--out", tmp_path / "out"),
-        *("--table", hospital.folder / "outcomes.csv"),
-    )
+    inputs = ("--slides", hospital.folder / TRIDENT, "--table", hospital.folder / "outcomes.csv")
+    run(hospital, *inputs, "--out", tmp_path / "out")
     found = rows(tmp_path / "out/predictions.csv")
     assert {row["in_training"] for row in found} == {"yes"}
     kept = hospital.kept("UVM/predictions")
@@ -169,12 +193,36 @@ def test_training_patients_get_what_the_guard_finally_says(hospital: Site, tmp_p
     assert [row["patient"] for row in found] == list(kept["patients"])
     assert [float(row["risk"]) for row in found] == pytest.approx(kept["risk_final"], abs=1e-5)
     assert sum(row["group"] == "high" for row in found) == len(found) / 2
-    run(
-        *(hospital, "--slides", hospital.folder / "pack", "--out", tmp_path / "local"),
-        *("--table", hospital.folder / "outcomes.csv", "--model", "local"),
-    )
+    run(hospital, *inputs, "--out", tmp_path / "local", "--model", "local")
     local = [float(row["risk"]) for row in rows(tmp_path / "local/predictions.csv")]
     assert local == pytest.approx(kept["risk_local"], abs=1e-5)
+
+
+@pytest.mark.parametrize("named", [(), ("--patient", "anna")])
+@pytest.mark.parametrize("ending", ["", ".svs", ".600C7D8C-F04C-4125-AF14-B1E76DC01A1E"])
+def test_a_training_slide_is_known_without_its_patients_name(
+    hospital: Site, tmp_path: Path, named: tuple[str, ...], ending: str
+) -> None:
+    path = tmp_path / f"{TRIDENT}/slide-017{ending}.h5"
+    path.parent.mkdir(parents=True)
+    path.write_bytes((hospital.folder / TRIDENT / "slide-017.h5").read_bytes())
+    run(hospital, "--slides", path, *named, "--out", tmp_path / "out", "--model", "local")
+    (row,) = rows(tmp_path / "out/predictions.csv")
+    kept = hospital.kept("UVM/predictions")
+    assert kept is not None
+    assert row["in_training"] == "yes"
+    assert float(row["risk"]) == pytest.approx(kept["risk_local"][17], abs=1e-5)
+
+
+def test_training_slides_that_no_model_left_out_together(hospital: Site, tmp_path: Path) -> None:
+    kept = hospital.kept("UVM/predictions")
+    assert kept is not None
+    other = int(np.flatnonzero(kept["folds"] != kept["folds"][0])[0])
+    slides = [hospital.folder / TRIDENT / f"slide-{number:03d}.h5" for number in (0, other)]
+    given = [argument for path in slides for argument in ("--slides", path)]
+    said = run(hospital, *given, "--out", tmp_path / "out", expect=65)
+    assert "training patients of several folds" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_table_without_outcomes_names_patients_and_slides(hospital: Site, tmp_path: Path) -> None:
@@ -216,7 +264,8 @@ def test_many_slides_need_a_word_on_whose_they_are(hospital: Site, tmp_path: Pat
     [
         ({"target_magnification": 40}, "in", "its patches are at 40x, the model's 20x"),
         ({}, "40x_256px_0px_overlap/features_uni_v2", "at 40x"),
-        ({"encoder": "virchow2"}, "in", "are of encoder virchow2, the model reads UNI2-h"),
+        ({"target_magnification": 20, "patch_size": 512}, "in", "are 512 pixels wide"),
+        ({"encoder": "virchow2"}, "in", "are of encoder virchow2, the model reads uni_v2"),
         ({}, "20x_256px_0px_overlap/features_conch_v15", "of encoder conch_v15"),
         ({"width": 7}, "in", "features are 7 wide, the model reads 6"),
         ({"patches": 0}, "in", "bag is empty"),
@@ -232,9 +281,37 @@ def test_other_slides_are_refused(
 
 
 def test_slides_of_the_same_making_are_taken(hospital: Site, tmp_path: Path) -> None:
-    folder = tmp_path / "20x_256px_0px_overlap/features_uni_v2"
-    path = slide(folder / "s.h5", target_magnification=20, patch_size=256, patch_size_level0=512)
+    """Whatever label of the study `site.yaml` has: the files are compared with each other."""
+    assert hospital.config.encoder == "UNI2-h-20x"
+    path = slide(tmp_path / TRIDENT / "s.h5", **MADE)
     run(hospital, "--slides", path, "--out", tmp_path / "out")
+    assert "went unchecked" not in (tmp_path / "out/s/page.html").read_text()
+
+
+def test_what_the_files_agree_on_is_kept(
+    hospital: Site, write: Callable[..., Path], study_of_small: StudyConfig, tmp_path: Path
+) -> None:
+    about = Kept.open(hospital.released(UVM)).about
+    assert (about.encoder, about.magnification, about.patch_size) == ("uni_v2", 20, 256)
+    packed = Site.load(write(tmp_path, UVM, seed=0, encoder="UNI2-h", magnification=20))
+    assert packed.facts(packed.cohort(UVM, study_of_small)[0]) == SlideFacts()
+
+
+@pytest.mark.parametrize(
+    ("about", "what"),
+    [
+        ({}, "encoder and magnification"),
+        ({"encoder": "UNI2-h"}, "magnification"),
+        ({"target_magnification": 20}, "encoder"),
+    ],
+)
+def test_what_no_file_says_is_said_to_be_unchecked(
+    hospital: Site, tmp_path: Path, about: dict[str, Any], what: str
+) -> None:
+    path = slide(tmp_path / "s.h5", **about)
+    run(hospital, "--slides", path, "--out", tmp_path / "out")
+    note = f"1 slide whose {what} went unchecked: its own file or those of the training slides"
+    assert note in (tmp_path / "out/s/page.html").read_text()
 
 
 def test_a_site_without_released_model_says_what_to_do(
@@ -263,16 +340,77 @@ def test_an_expert_revoked_since_is_not_heard(hospital: Site, tmp_path: Path) ->
         revoked.unlink()
 
 
-def test_a_map_lies_over_the_thumbnail(hospital: Site, tmp_path: Path) -> None:
+HOT = {"the answer": 9, "UVM (own)": 15, "KIPAN": 2}  # the one patch that each panel looks at
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Let every model look at one patch alone, each at another; return the figures drawn."""
+    asked, figures = ReleasedModel.predict, []
+
+    def predict(released: ReleasedModel, bags: list[Tensor], **options: Any) -> list[Answer]:
+        (answer,) = asked(released, bags, **options)
+        whole, own, other = (np.eye(len(bags[0]))[patch] for patch in HOT.values())
+        first = replace(answer.voices[0], cancer=UVM, own=True, weight=0.6, attention=own)
+        second = replace(first, cancer=KIPAN, own=False, weight=0.4, attention=other)
+        return [replace(answer, attention=whole, voices=(first, second))]
+
+    monkeypatch.setattr(ReleasedModel, "predict", predict)
+    monkeypatch.setattr(module, "png", lambda figure: figures.append(figure) or png(figure))
+    return figures
+
+
+def panels(figure: Figure, path: Path) -> dict[str, np.ndarray]:
+    """Return the pixels (h, w, 3) of each panel of a picture, by its title."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"), dtype=float)
+    found = {}
+    for axes in figure.axes:
+        if title := axes.get_title(loc="left"):
+            left, bottom, right, top = np.round(axes.get_window_extent().extents).astype(int)
+            found[title.partition("  ")[0]] = pixels[len(pixels) - top : len(pixels) - bottom][
+                :, left:right
+            ]
+    return found
+
+
+def cell(panel: np.ndarray, colour: tuple[int, int, int]) -> tuple[float, ...]:
+    """Return left, top, right and bottom of a colour in a panel, in patches of the slide."""
+    rows, columns = np.nonzero(np.abs(panel - colour).max(-1) < 12)
+    high, wide = panel.shape[:2]
+    x, y = np.array([columns.min(), columns.max() + 1]), np.array([rows.min(), rows.max() + 1])
+    (left, right), (top, bottom) = x / wide * 9 - 2, y / high * 8 - 2  # a margin of two patches
+    return left, top, right, bottom
+
+
+def test_each_panel_is_hot_where_its_model_looks(
+    hospital: Site, tmp_path: Path, drawn: list[Figure]
+) -> None:
     path = slide(tmp_path / "s.h5", patch_size_level0=512)
-    picture = tmp_path / "thumb.png"
-    Image.new("RGB", (100, 80), (200, 30, 30)).save(picture)
+    run(hospital, "--slides", path, "--out", tmp_path / "out")
+    found = panels(drawn[0], tmp_path / "out/s/s.png")
+    assert list(found) == list(HOT)
+    for name, patch in HOT.items():
+        x, y = patch % 5, patch // 5
+        assert cell(found[name], (253, 231, 37)) == pytest.approx((x, y, x + 1, y + 1), abs=0.1)
+
+
+def test_a_map_lies_over_the_thumbnail(hospital: Site, tmp_path: Path, drawn: list[Figure]) -> None:
+    """The slide is 10 by 8 patches, the thumbnail 100 by 80 pixels with a mark on one patch."""
+    path = slide(tmp_path / "s.h5", patch_size_level0=512)
+    picture, thumbnail = tmp_path / "thumb.png", Image.new("RGB", (100, 80), (200, 30, 30))
+    thumbnail.paste((30, 30, 200), (60, 40, 70, 50))  # beside the patches
+    thumbnail.save(picture)
     inputs = (hospital, "--slides", path, "--out", tmp_path / "out", "--thumbnail", picture)
     assert "--level0-size" in run(*inputs, expect=64)
     run(*inputs, "--level0-size", 5120, 4096)
-    with Image.open(tmp_path / "out/s/s.png") as drawn:
-        colours = {colour for _, colour in drawn.convert("RGB").getcolors(1 << 24) or []}
-    assert (200, 30, 30) in colours  # of the thumbnail, where there is no patch
+    found = panels(drawn[0], tmp_path / "out/s/s.png")
+    hot = tuple(np.array((253, 231, 37)) * 0.8 + np.array((200, 30, 30)) * 0.2)
+    for name, patch in HOT.items():
+        x, y = patch % 5, patch // 5
+        assert cell(found[name], hot) == pytest.approx((x, y, x + 1, y + 1), abs=0.1)
+        assert cell(found[name], (30, 30, 200)) == pytest.approx((6, 4, 7, 5), abs=0.1)
+        assert cell(found[name], (200, 30, 30)) == pytest.approx((0, 0, 7, 6), abs=0.1)
 
 
 def test_geojson_is_what_qupath_reads(hospital: Site, tmp_path: Path) -> None:

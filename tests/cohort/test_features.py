@@ -236,6 +236,40 @@ def test_one_file_of_each_format_is_one_slide(tmp_path: Path) -> None:
         source.shape("s")
 
 
+def test_a_whole_job_of_trident(tmp_path: Path) -> None:
+    job = tmp_path / "job" / "20x_256px_0px_overlap"
+    for folder in ("patches", "visualization", "features_uni_v2", "slide_features_titan"):
+        (job / folder).mkdir(parents=True)
+    coords = np.arange(10).reshape(5, 2)
+    for name in ("S1", f"S2.{UUID}"):
+        with h5py.File(job / "patches" / f"{name}_patches.h5", "w") as file:
+            file["coords"] = coords
+            file["coords"].attrs["patch_size"] = 256
+        h5(job / "features_uni_v2" / f"{name}.h5", X, coords)
+        h5(job / "slide_features_titan" / f"{name}.h5", X[0], coords)
+        (job / "visualization" / f"{name}.jpg").touch()
+    for given in (tmp_path / "job", job, job / "features_uni_v2"):
+        source = SlideFolders(given)
+        assert source.slide_ids() == ("S1", f"S2.{UUID}")
+        assert source.path("S1") == job / "features_uni_v2" / "S1.h5"
+        assert source.shape("S2") == (5, 4)
+    assert SlideFolders(job / "slide_features_titan").shape("S1") == (1, 4)  # asked for by name
+    with pytest.raises(MissingSlideError, match="into which features were extracted"):
+        SlideFolders(job / "patches")
+
+
+def test_positions_that_clam_keeps_under_the_slides_own_name(tmp_path: Path) -> None:
+    touch(tmp_path, "h5_files/s.h5", "patches/t.h5")
+    with h5py.File(tmp_path / "patches" / "s.h5", "w") as file:
+        file["coords"] = np.arange(10).reshape(5, 2)
+    (tmp_path / "patches" / "u.h5").write_bytes(b"broken")
+    source = SlideFolders(tmp_path)
+    assert source.slide_ids() == ("s", "t", "u")  # features in such a folder are features
+    assert source.shape("s") == (5, 4)
+    with pytest.raises(SlideFileError, match="truncated"):
+        source.shape("u")
+
+
 def test_walks_overlapping_folders_and_links_once(tmp_path: Path) -> None:
     touch(tmp_path, "real/x/s.h5", "real/x/._s.h5", "root/t.h5")
     (tmp_path / "root" / "link").symlink_to(tmp_path / "real")

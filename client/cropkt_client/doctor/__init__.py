@@ -46,8 +46,10 @@ def examine(
 
     from cropkt_client.doctor.cohort import Cohorts  # torch loads here
     from cropkt_client.doctor.compute import Compute
+    from cropkt_client.doctor.folds import minima
 
-    compute = Compute(config, connection.state, device)
+    fewest = minima(settings).minimum_patients
+    compute = Compute(config, connection.state, device, fewest=fewest)
     yield from part("compute", compute.checks)
     data = Cohorts(config, study, encoder=known.encoder if known else None, full=full)
     yield from part("data", data.checks)

@@ -23,7 +23,14 @@ from cropkt.cohort.source import SlideSource
 from cropkt.cohort.tables import read_table
 from cropkt.config import Endpoint, StudyConfig
 from cropkt.errors import DataError, OutcomeTableError
-from cropkt_client.doctor.folds import events_and_pairs, may_leave, one_side
+from cropkt_client.doctor.folds import (
+    at_least,
+    events_and_pairs,
+    may_leave,
+    minima,
+    one_side,
+)
+from cropkt_client.doctor.making import made_alike
 from cropkt_client.doctor.reading import Reading
 from cropkt_client.site import Site
 
@@ -69,10 +76,11 @@ class Cohorts:
             cohort = yield from self._patients(cancer, table, source)
             if cohort is not None:
                 cohorts.append(cohort)
-                yield from events_and_pairs(cohort, self.study)
+                yield from events_and_pairs(cohort, self.study, self._site.config)
                 yield one_side(cohort, self.study)
                 yield may_leave(cohort, self.study, self._site.config)
         if cohorts:
+            yield made_alike(cohorts, source, self._site.config)
             self.usable = {cohort.cancer: len(cohort) for cohort in cohorts}
             yield from Reading(cohorts, source, self._site.state, full=self._full).checks()
 
@@ -114,7 +122,8 @@ class Cohorts:
         except OutcomeTableError as error:
             yield fail("outcomes", error.problem, error.fix)
             return None
-        yield ok("outcomes", f"{counted(len(table), 'patient')}; {table.form}")
+        patients = at_least(len(table), minima(self._site.config).minimum_patients)
+        yield ok("outcomes", f"{patients} patients; {table.form}")
         row = self._stops_at(path)
         for line in table.dropped:
             text = f"{line}; the study stops at the first, {row} of the table"
@@ -149,7 +158,8 @@ class Cohorts:
     def _agreed_encoder(self) -> Finding:
         mine = self._site.config.encoder
         if self._encoder is not None and self._encoder != mine:
-            problem = f"site.yaml names {mine or 'none'}, the study's experts read {self._encoder}"
+            theirs = f"read {self._encoder}" if self._encoder else "name none"
+            problem = f"site.yaml names {mine or 'none'}, the study's experts {theirs}"
             fix = "Extract the slides with the study's encoder, and name it in site.yaml"
             return fail("encoder", problem, fix)
         if not mine:
@@ -167,8 +177,7 @@ class Cohorts:
                 continue
             break
         else:
-            fix = "Extract them again; see cropkt-client.log for the files"
-            return fail("width", "no slide can be read", fix)
+            return fail("width", "no slide can be read", "Extract them again")
         if not self._known:
             shape = replace(self.study.shape, dim=width)
             self.study = replace(self.study, shape=shape)
@@ -193,7 +202,10 @@ class Cohorts:
             yield fail(check, error.problem, error.fix)
             return None
         several = [len(slides) for slides in cohort.slides if len(slides) > 1]
-        text = f"{len(cohort)} with outcome and slides, {counted(int(cohort.event.sum()), 'event')}"
+        policy = minima(self._site.config)
+        patients = at_least(len(cohort), policy.minimum_patients)
+        events = at_least(int(cohort.event.sum()), policy.minimum_events)
+        text = f"{patients} with outcome and slides, events: {events}"
         if several:
             text = f"{text}; {len(several)} have several slides, up to {max(several)}"
         yield ok(check, text)

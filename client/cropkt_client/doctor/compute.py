@@ -11,6 +11,7 @@ from cropkt.checkup import Finding, disk, fail, ok, skipped, warn
 from cropkt.config import StudyConfig
 from cropkt.errors import CropktError
 from cropkt_client.doctor import machine
+from cropkt_client.doctor.folds import at_least
 from cropkt_client.doctor.trial import Kernel, Trial
 from cropkt_client.worker import Worker
 
@@ -24,11 +25,11 @@ _FREE = "Free some, or move `state` in site.yaml to a larger disk"
 
 
 class Compute:
-    """The machine of one site."""
+    """The machine of one site; counts of patients are shown from `fewest` on."""
 
-    def __init__(self, config: Path, state: Path, device: str) -> None:
+    def __init__(self, config: Path, state: Path, device: str, *, fewest: int = 0) -> None:
         self._config, self._state, self._device = config, state, device
-        self._usable = False
+        self._usable, self._fewest = False, fewest
 
     def checks(self) -> Iterator[Finding]:
         """Yield a finding a check."""
@@ -92,8 +93,8 @@ class Compute:
             return fail(check, "training gave no answer", "Report this as a fault of cropkt")
         text = (
             f"about {span(found.seconds)} on {found.device} ({found.models} models side by side, "
-            f"{found.epochs} epochs, {found.patients} patients, {found.patches} patches); "
-            f"{found.how}"
+            f"{found.epochs} epochs, {at_least(found.patients, self._fewest)} patients, "
+            f"{found.patches} patches); {found.how}"
         )
         if found.seconds > NIGHT:
             return warn(check, text, "Longer than a night: use a GPU if there is one (--device)")

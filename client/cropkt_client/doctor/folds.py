@@ -10,17 +10,31 @@ import numpy as np
 from cropkt.checkup import Finding, fail, ok, warn
 from cropkt.cohort.bags import Cohort
 from cropkt.cohort.names import SlideNames
+from cropkt.cohort.outcomes import counted
 from cropkt.cohort.splits import comparable_pairs
 from cropkt.config import StudyConfig
 from cropkt.errors import CohortError
-from cropkt_client.settings import SiteConfig
+from cropkt_client.settings import ReleasePolicy, SiteConfig
 from cropkt_client.site import folds_of
 
 FEW_EVENTS, FEW_PAIRS = 3, 30  # in a fold; with fewer, its C-index says next to nothing
 
 
-def events_and_pairs(cohort: Cohort, study: StudyConfig) -> Iterator[Finding]:
-    """Yield how many events and comparable pairs the folds hold."""
+def minima(config: SiteConfig) -> ReleasePolicy:
+    """Return the policy whose minima a count has to reach to be shown: the usual one if none is."""
+    return config.release or ReleasePolicy()
+
+
+def at_least(number: int, minimum: int) -> str:
+    """Return a count for an output that may be mailed: exact from the minimum on."""
+    return f"fewer than {minimum}" if number < minimum else str(number)
+
+
+def events_and_pairs(cohort: Cohort, study: StudyConfig, config: SiteConfig) -> Iterator[Finding]:
+    """Yield how many events and comparable pairs each fold holds.
+
+    Pairs are of patients, and shown from the minimum of patients on.
+    """
     events, pairs = f"events of {cohort.cancer}", f"pairs of {cohort.cancer}"
     more = "Add patients or follow-up; or accept wide intervals"
     try:
@@ -30,12 +44,17 @@ def events_and_pairs(cohort: Cohort, study: StudyConfig) -> Iterator[Finding]:
         return
     inside = [folds == fold for fold in range(int(folds.max()) + 1)]
     died = [int(cohort.event[fold].sum()) for fold in inside]
-    text = f"{min(died)} to {max(died)} a fold"
+    policy = minima(config)
+    text = f"by fold: {', '.join(at_least(n, policy.minimum_events) for n in died)}"
     yield warn(events, text, more) if min(died) < FEW_EVENTS else ok(events, text)
     compared = [comparable_pairs(cohort.days[fold], cohort.event[fold]) for fold in inside]
-    text = f"{min(compared)} to {max(compared)} comparable a fold"
+    said = ", ".join(at_least(n, policy.minimum_patients) for n in compared)
+    text = f"comparable by fold: {said}"
     if not any(compared):
         yield fail(pairs, "no fold has a comparable pair", "Add patients with events")
+    elif empty := compared.count(0):
+        text = f"{text}; {counted(empty, 'fold')} without any: its patients are not judged"
+        yield warn(pairs, text, "Add patients with events")
     else:
         yield warn(pairs, text, more) if min(compared) < FEW_PAIRS else ok(pairs, text)
 
@@ -80,8 +99,9 @@ def may_leave(cohort: Cohort, study: StudyConfig, config: SiteConfig) -> Finding
         return warn(check, "nothing of this cancer leaves", "Add it to release.cancers")
     if patients < policy.minimum_patients or events < policy.minimum_events:
         problem = (
-            f"{patients} patients and {events} events are fewer than the {policy.minimum_patients} "
-            f"and {policy.minimum_events} of which something may leave"
+            f"patients: {at_least(patients, policy.minimum_patients)}, events: "
+            f"{at_least(events, policy.minimum_events)}; something may leave of "
+            f"{policy.minimum_patients} and {policy.minimum_events}"
         )
         return warn(check, problem, "Lower the minima in site.yaml, if that is allowed")
     waits = "after approval here" if policy.approval == "human" else "by itself"
