@@ -230,9 +230,11 @@ def board_study(tmp_path: Path) -> Path:
             reply, task = expert(site, cancer, 1.0 if cancer == uvm else 2.0)
             assert reply.signed is not None
             store.add([described, task])
-            store.done(described, DescribeReply(task=described.id, site=site, cohorts=(count,)))
+            store.keep(described, DescribeReply(task=described.id, site=site, cohorts=(count,)))
+            store.done(described)
+            store.keep(task, reply)
             store.bank.add(reply.signed, task=task.id)
-            store.done(task, reply)
+            store.done(task)
         failed = Task(kind="describe", site=odd)
         scored = Task(kind="score_sources", site="lumc", cancer=uvm)
         judged = Task(kind="evaluate", site="lumc", cancer=uvm)
@@ -241,7 +243,7 @@ def board_study(tmp_path: Path) -> Path:
         store.failed(failed, "crashed <b>there</b> (reference 8f2ac1)")
         (foreign,) = [e for e in store.bank.experts() if e.card.cancer == skcm]
         store.bank.use(scored.id, {skcm: foreign.signed.hash})
-        store.done(
+        store.keep(
             scored,
             TransferReply(
                 task=scored.id,
@@ -251,8 +253,9 @@ def board_study(tmp_path: Path) -> Path:
                 seconds=1.0,
             ),
         )
+        store.done(scored)
         arm = ArmScore(c_index=0.7, se=0.05)
-        store.done(
+        store.keep(
             judged,
             ReleaseReply(
                 task=judged.id,
@@ -265,6 +268,7 @@ def board_study(tmp_path: Path) -> Path:
                 seconds=1.0,
             ),
         )
+        store.done(judged)
         store.sent(scoring)
     (folder / "server.log").write_text("2026-03-01 INFO study eye listens on <0.0.0.0>\n")
     return folder

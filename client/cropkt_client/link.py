@@ -31,6 +31,7 @@ from cropkt.experts.card import PublicKey, Sha256
 from cropkt.invite import Invite
 from cropkt.knock import Knock
 from cropkt.messages import MAX_ITEMS, PROTOCOL, SiteName, Version
+from cropkt.versions import together
 
 MAX_SKEW = 300.0  # seconds; requests are signed with the coordinator's time, but logs are not
 NEW_INVITE = "Ask the coordinator for a new invite"
@@ -232,17 +233,25 @@ class Coordinator:
 
 
 def check_versions(hello: Hello) -> None:
-    """Compare the coordinator's versions with those installed here.
+    """Compare the coordinator's versions with those installed here, as it compares a site's.
+
+    Releases of one series go together; the bundle is the same for all that speak one protocol.
 
     Raises:
         VersionMismatchError: names both.
     """
-    mine = {"cropkt": cropkt.__version__, "protocol": PROTOCOL, "bundle": bundle_hash()}
-    for name, here in mine.items():
-        there = getattr(hello, name)
-        if there != here:
+    for name, there, here, fit in (
+        ("cropkt", hello.cropkt, ours := cropkt.__version__, together(hello.cropkt, ours)),
+        ("protocol", hello.protocol, PROTOCOL, hello.protocol == PROTOCOL),
+        ("bundle", hello.bundle, bundle_hash(), hello.bundle == bundle_hash()),
+    ):
+        if not fit:
             problem = f"{name} is {str(there)[:64]!r} at the coordinator and {here!r} here"
             raise VersionMismatchError("versions", problem, _SAME_VERSION)
+    if not together(hello.flwr, flower := version("flwr")):
+        problem = f"Flower is {hello.flwr} at the coordinator and {flower} here"
+        fix = f"Install the same: pip install flwr=={hello.flwr}"
+        raise VersionMismatchError("versions", problem, fix)
 
 
 def skew(hello: Hello) -> float:

@@ -7,6 +7,7 @@ a site is the node that it enrolled as, whatever that node says of itself.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Literal, Protocol
 from cropkt.cancers import Cancer
 from cropkt_server.roster import Roster
 from cropkt_server.store import Task
+
+_ANSWERED = ("held", "done", "failed")  # of a description
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +96,31 @@ def members_of(roster: Roster) -> tuple[Member, ...]:
 
 
 def missing(members: Iterable[Member], tasks: Iterable[Task]) -> dict[str, str]:
-    """Return the sites that were invited and have not contributed anything, and why."""
-    described = {
-        t.site for t in tasks if t.kind == "describe" and t.state in ("held", "done", "failed")
-    }
+    """Return the sites that have not contributed anything, or were cut off on the way, and why.
+
+    A row that failed tells of its site by itself.
+    """
+    rows: dict[str, list[Task]] = defaultdict(list)
+    for task in tasks:
+        rows[task.site].append(task)
     causes = {
         "invited": "invited, but did not enrol",
         "expired": "did not enrol before its invite expired",
         "enrolled": "enrolled, but has not answered",
     }
-    return {
-        member.name: causes[member.state]
-        for member in members
-        if member.state in causes and member.name not in described
-    }
+    found: dict[str, str] = {}
+    for member in members:
+        described = any(t.kind == "describe" and t.state in _ANSWERED for t in rows[member.name])
+        if not described and member.state in causes:
+            found[member.name] = causes[member.state]
+        elif described and member.state != "enrolled" and _cut_off(rows[member.name]):
+            found[member.name] = "revoked before it was finished"
+    return found
+
+
+def _cut_off(rows: list[Task]) -> bool:
+    """Return whether rows that would have come next are not there, and no row says why."""
+    if any(task.state == "failed" for task in rows):
+        return False
+    evaluated = {t.cancer for t in rows if t.kind == "evaluate" and t.state == "done"}
+    return not evaluated or any(task.cancer not in {None, *evaluated} for task in rows)

@@ -32,6 +32,9 @@ from cropkt.files import write_private
 
 CA_DAYS = 3650
 SERVER_DAYS = 825  # the longest that common TLS stacks accept
+NEW_AUTHORITY = (  # sites pinned the old one
+    "Begin a new study: cropkt-server init in another folder, and a new invite to every site"
+)
 EARLY = timedelta(hours=1)  # valid from before now: a site's clock may be behind
 
 _DNS_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
@@ -153,8 +156,9 @@ def renew(keys: Keys, hosts: Sequence[str]) -> None:
     """Replace the server's key and certificate; sites need not notice.
 
     Raises:
-        ConfigError: the authority's key is not there.
+        ConfigError: the authority's key is not there, or the authority has expired.
     """
+    _check_end(keys.ca, _certificate(keys.ca), datetime.now(UTC), NEW_AUTHORITY)
     _issue(keys, hosts)
 
 
@@ -175,9 +179,8 @@ def check_certificate(
     fix = "Make a new one with cropkt-server renew"
     ca, server = _certificate(keys.ca), _certificate(keys.server)
     now = clock()
-    for path, certificate in ((keys.ca, ca), (keys.server, server)):
-        if now > certificate.not_valid_after_utc:
-            raise ConfigError(path, f"expired on {certificate.not_valid_after_utc:%Y-%m-%d}", fix)
+    for path, certificate, new in ((keys.ca, ca, NEW_AUTHORITY), (keys.server, server, fix)):
+        _check_end(path, certificate, now, new)
         if now < certificate.not_valid_before_utc:
             begins = f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
             raise ConfigError(path, f"is valid from {begins} only", "Set this machine's clock")
@@ -192,6 +195,11 @@ def check_certificate(
         if _general_name(host) not in list(names):
             known = ", ".join(str(name.value) for name in names)
             raise ConfigError(keys.server, f"names {known}, not {host}", fix)
+
+
+def _check_end(path: Path, certificate: x509.Certificate, now: datetime, fix: str) -> None:
+    if now > certificate.not_valid_after_utc:
+        raise ConfigError(path, f"expired on {certificate.not_valid_after_utc:%Y-%m-%d}", fix)
 
 
 def last_second(path: Path) -> float:

@@ -3,7 +3,8 @@
 An ASGI application in front of Flower's. A request passes if its method and path are exactly in
 the table below, as they came over the wire: nothing is decoded, joined or normalised first, so
 no spelling of another path can slip through. Calls to Flower must carry the key of a site that
-the roster knows and that is not revoked; whether the caller owns that key, Flower checks next.
+the roster knows and that is not revoked, and a signature that did not come before; whether it was
+made with that key, Flower checks next.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -27,6 +29,7 @@ from cropkt.files import disk_full
 from cropkt_server.asgi import App, Event, Receive, Scope, Send, Turn, Turns, in_pieces
 from cropkt_server.enrolment import Allowance, Enrolment, Nodes
 from cropkt_server.pki import Keys
+from cropkt_server.replay import Seen
 from cropkt_server.roster import EnrolmentRefusedError, Traffic
 
 log = logging.getLogger("cropkt.server")
@@ -49,6 +52,7 @@ OBJECT_CALLS = (b"/v1/fleet/push-object", b"/v1/fleet/pull-object")
 AT_WORK = 4  # such calls at work at once: each holds its object several times
 ENROL_BODY = 16 << 10
 KEY_HEADER = b"flwr-public-key"  # base64 of the node key's PEM
+SIGNATURE_HEADER = b"flwr-signature"  # base64
 ENROL_ATTEMPTS = (10, 60.0)  # in so many seconds, from one address
 STOP_WITHIN = 5  # seconds that calls under way get to finish
 SEEN_EVERY = 60.0  # seconds between notes in the roster that a site was heard of
@@ -68,7 +72,7 @@ class PublicDoor:
         self._log_lines = Allowance(1, 60.0)
         self._heard: dict[str, float] = {}
         self._traffic: dict[str, Traffic] = {}  # not in the roster yet
-        self._turns = Turns(AT_WORK)
+        self._turns, self._seen = Turns(AT_WORK), Seen()
         self._routes: dict[tuple[str, bytes], App] = {
             ("GET", b"/health"): self._health,
             ("GET", b"/v1/cropkt/ca"): self._certificate,
@@ -156,7 +160,11 @@ class PublicDoor:
             self._note(scope, f"{found[0]}: a body of {_declared(scope)} bytes")
             await _json(send, 413, {"detail": f"At most {FLEET_BODY} bytes are read."})
             return
-        site = found[0]
+        site, signature = found[0], _decoded(scope, SIGNATURE_HEADER)
+        if not self._seen.first(key or "", signature):
+            self._note(scope, f"{site}: a signature that came before, or none")
+            await _json(send, 401, {"detail": "Every request is signed anew."})
+            return
         await self._heard_of(site)
         size, sent, turn = 0, 0, Turn(self._turns)
 
@@ -176,6 +184,8 @@ class PublicDoor:
         async def answering(event: Event) -> None:
             nonlocal sent
             turn.end()
+            if event.get("status") == 401:
+                self._seen.forget(key or "", signature)
             sent += len(event.get("body", b""))
             await in_pieces(send, event)
 
@@ -295,13 +305,17 @@ def _declared(scope: Scope) -> int:
 
 def _node_key(scope: Scope) -> str | None:
     """Return the PEM in the request's key header, if there is exactly one."""
-    values = [value for name, value in scope["headers"] if name == KEY_HEADER]
-    if len(values) != 1:
-        return None
-    try:
-        return base64.b64decode(values[0], validate=True).decode("ascii")
-    except (binascii.Error, UnicodeDecodeError):
-        return None
+    with suppress(UnicodeDecodeError):
+        return _decoded(scope, KEY_HEADER).decode("ascii") or None
+    return None
+
+
+def _decoded(scope: Scope, header: bytes) -> bytes:
+    """Return the bytes in a request's header, or none if it is not there exactly once."""
+    values = [value for name, value in scope["headers"] if name == header]
+    with suppress(binascii.Error):
+        return base64.b64decode(values[0], validate=True) if len(values) == 1 else b""
+    return b""
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:

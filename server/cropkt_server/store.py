@@ -178,9 +178,12 @@ class Store:
         """The task ended without a reply that could be used."""
         self._set(task, "failed", cause)
 
-    def done(self, task: Task, reply: Message) -> None:
-        """Keep the reply, then say so."""
+    def keep(self, task: Task, reply: Message) -> None:
+        """Put the reply on disk; its row is not done yet."""
         save(reply, self._reply(task))
+
+    def done(self, task: Task) -> None:
+        """The reply of the task, which is kept, has been taken in."""
         self._set(task, "done", "")
 
     def quarantine(self, task: Task, cause: str, reply: Message | None = None) -> None:

@@ -17,9 +17,10 @@ is scored again with its expert. Within a shared cancer it joins the next round;
 one it trains from the average without changing it. An open invite keeps the study open until it
 expires; after the deadline neither an invite does, nor a late site that is away.
 
-A revoked site's rows fail at once; what it gave before stays. A row whose answer waits for approval
-at its site is `held`: it is not tried again and not failed, the site is asked now and then whether
-it may leave, and after the deadline the study ends without it as without a site that is away.
+A revoked site's rows fail at once; what it gave before stays. If rows of it were still to come, it
+is missing, as one that never answered. A row whose answer waits for approval at its site is
+`held`: it is not tried again and not failed, the site is asked now and then whether it may leave,
+and after the deadline the study ends without it as without a site that is away.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class Study(Findings):
         return [t for t in self.store.tasks() if t.state == "held" and t.site in self.sites]
 
     def missing(self) -> dict[str, str]:
-        """Return the sites that were invited and never answered, and why."""
+        """Return the sites that never answered, or were revoked on the way, and why."""
         return missing(self._members, self.store.tasks())
 
     def record(self, task: Task, reply: Message) -> None:
@@ -179,8 +180,9 @@ class Study(Findings):
         elif cause := self._unfit(task, reply):
             self.store.failed(task, cause)
         elif self._quarantine.takes(task, reply):
+            self.store.keep(task, reply)
             self._questions.signatures.take(task, reply)
-            self.store.done(task, reply)
+            self.store.done(task)
         self.advance()
 
     def lost(self, task: Task, cause: str, *, final: bool = False) -> None:

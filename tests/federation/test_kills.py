@@ -1,5 +1,8 @@
 """Twenty kill -9 at random times, of every process of a study: what survives, and how soon.
 
+Times, victims and sites are drawn from one seed; at least one kill each strikes a training of
+experts, a training of routers and an evaluation.
+
 What stands in the tables at the end, and in the bank byte for byte, is what a study gives that
 nobody disturbed. What it took is measured: how long until the killed process' work went on, and
 how much training was lost. The table goes to standard error, and into `recovery.txt`.
@@ -31,7 +34,10 @@ from cropkt_server.store import Task
 SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM, "kidney-clinic": Cancer.KIPAN}
 SEED, EACH = 20, 5  # of what is killed when; how often each of
 VICTIMS = ("coordinator", "client", "supernode", "training")
-DOWN = 2  # processes, at most, that are down at a time
+WORKERS = ("client", "training")  # whose death ends the task at work
+SURE = {"train.expert": "training", "train.router": "training", "evaluate.": "client"}
+"""What is struck at least once, and by whose death; a kill of each is kept for it until then."""
+DOWN = 2  # processes, at most, that are down at a time; one more where an evaluation is struck
 LOST = 8.0  # seconds of training that a kill may cost on a busy machine; two on an idle one
 BEGAN = re.compile(r"^(\S+ \S+) .*training (?:begins|resumes after epoch (\d+))$", re.MULTILINE)
 
@@ -58,7 +64,8 @@ class Killer:
         federation: that runs.
         coordinator: its process.
         clients: their processes.
-        over: seconds that the same study took undisturbed; the kills are spread over them.
+        over: seconds that the same study took undisturbed; the pauses between kills come to half
+            of them on average, the kills themselves delay it.
     """
 
     def __init__(
@@ -70,7 +77,7 @@ class Killer:
         over: float,
     ) -> None:
         self.federation, self.coordinator, self.clients = federation, coordinator, clients
-        self._pause = 1.3 * over / (EACH * len(VICTIMS))  # the kills themselves delay it
+        self._longest = over / (EACH * len(VICTIMS))  # pause, in seconds
         self.kills: list[Kill] = []
         self.answers: dict[Path, tuple[int, int]] = {}
         self._random = random.Random(SEED)
@@ -80,13 +87,18 @@ class Killer:
 
     def run(self) -> None:
         """Kill until nobody is left to be killed and everybody's work has gone on."""
-        due = time.monotonic()
+        due = self._due()
         while self._left or any(kill.recovered is None for kill in self.kills):
-            assert self.coordinator.poll() is None, f"over after {len(self.kills)} kills"
+            over = f"over after {len(self.kills)} kills, before {self._wanted() or 'the others'}"
+            assert self.coordinator.poll() is None, over
             time.sleep(0.05)
             self.watch()
-            if time.monotonic() > due and self._strike():
-                due = time.monotonic()
+            if self._hit("evaluate.") or (time.monotonic() > due and self._strike()):
+                due = self._due()
+
+    def struck(self, kind: str) -> bool:
+        """Return whether a kill ended a task at work whose kind begins so."""
+        return any(k.victim in WORKERS and k.task.startswith(kind) for k in self.kills)
 
     def watch(self) -> None:
         """See whose work has gone on, and that no answer is ever written again."""
@@ -117,18 +129,48 @@ class Killer:
             lines.append(f"{victim}: median {np.median(took):.1f} s, longest {took[-1]:.1f} s")
         return "\n".join(lines) + "\n"
 
+    def _due(self) -> float:
+        """Return when to strike next."""
+        return time.monotonic() + self._random.uniform(0, self._longest)
+
+    def _wanted(self) -> list[str]:
+        """Return what has to be struck yet."""
+        return [kind for kind in SURE if not self.struck(kind)]
+
+    def _hit(self, kind: str) -> bool:
+        """Strike a task of a kind that has to be struck yet, if one is at work; return whether."""
+        if self.struck(kind):
+            return False
+        sites = self._random.sample(list(SITES), len(SITES))
+        return any(self._at_work(s).startswith(kind) and self._try(SURE[kind], s) for s in sites)
+
     def _strike(self) -> bool:
         """Kill the next victim that is there to be killed; return whether there was one."""
-        hurt = {(kill.victim, kill.site) for kill in self.kills if kill.recovered is None}
-        if len(hurt) >= DOWN:
+        if sum(kill.recovered is None for kill in self.kills) >= DOWN:
             return False
-        for victim in self._left:
-            sites = [""] if victim == "coordinator" else self._random.sample(list(SITES), 3)
-            for site in sites:
-                if (victim, site) not in hurt and self._kill(victim, site):
-                    self._left.remove(victim)
+        kept = [SURE[kind] for kind in self._wanted()]
+        if any(self._hit(kind) for kind in self._wanted()):
+            return True
+        for victim in dict.fromkeys(self._left):
+            if self._left.count(victim) > kept.count(victim):
+                alone = victim == "coordinator"
+                sites = [""] if alone else self._random.sample(list(SITES), len(SITES))
+                if any(self._try(victim, site) for site in sites):
                     return True
         return False
+
+    def _try(self, victim: str, site: str) -> bool:
+        """Kill a victim, unless what its last death left has not gone on; return whether."""
+        hurt = ((kill.victim, kill.site) for kill in self.kills if kill.recovered is None)
+        if (victim, site) in hurt or not self._kill(victim, site):
+            return False
+        self._left.remove(victim)
+        return True
+
+    def _at_work(self, site: str) -> str:
+        """Return the task at work at a site, as its client says; nothing if there is none."""
+        state = read_status(self.federation.state(site))
+        return (state.task if state else None) or ""
 
     def _kill(self, victim: str, site: str) -> bool:
         rows = self.federation.tasks()
@@ -138,8 +180,7 @@ class Killer:
             self.coordinator.wait()
             self.coordinator = self.federation.start()
             return True
-        state, client = read_status(self.federation.state(site)), self.clients[site]
-        task = (state.task if state else None) or ""
+        task, client = self._at_work(site), self.clients[site]
         if victim == "client":
             self._note(victim, site, task, rows)
             client.kill()
@@ -197,7 +238,14 @@ class Killer:
         log = self.log(kill.site)[kill.log :]
         if kill.victim == "training" or kill.lost is not None:
             return BEGAN.search(log) is not None
-        return (": begins" if kill.task and kill.victim == "client" else "SuperNode ID") in log
+        if kill.task and kill.victim == "client":
+            return ": begins" in log or self._answered(kill)
+        return "SuperNode ID" in log
+
+    def _answered(self, kill: Kill) -> bool:
+        """Return whether the row that was at work is done: its answer was there already."""
+        asked = {t.id for t in kill.rows if t.site == kill.site and t.state != "done"}
+        return any(t.id in asked and t.state == "done" for t in self.federation.tasks())
 
 
 @pytest.mark.timeout(1500)
@@ -236,6 +284,7 @@ def test_twenty_kills_cost_nothing_but_time(federation: Any, tmp_path: Path) -> 
     (tmp_path / "recovery.txt").write_text(killer.table())
     assert len(killer.kills) == EACH * len(VICTIMS)
     assert sum(kill.task.startswith("train.") for kill in killer.kills) >= EACH
+    assert all(killer.struck(kind) for kind in SURE)
     assert _bank(federation) == _bank(undisturbed)
     assert len(_bank(federation)) == len(SITES)
     assert federation.results() == undisturbed.results()

@@ -89,9 +89,10 @@ def banked(folder: Path, sign_reply: Callable[..., ExpertReply]) -> Path:
         request = ExpertRequest(task=TASK.id, cancer=Cancer.UVM, study=STUDY, round=0, shared=False)
         reply = sign_reply(TASK, _reply(1.0), request, key=key)
         store.add([TASK])
-        store.done(TASK, reply)
+        store.keep(TASK, reply)
         assert reply.signed is not None
         store.bank.add(reply.signed, task=TASK.id)
+        store.done(TASK)
     return folder
 
 
@@ -284,7 +285,7 @@ def test_an_expert_whose_weights_changed(banked: Path) -> None:
     with closing(Store(banked)) as store:
         kept = store.reply(TASK)
         assert isinstance(kept, ExpertReply)
-        store.done(TASK, replace(kept, weights=kept.weights + 1))
+        store.keep(TASK, replace(kept, weights=kept.weights + 1))
     finding = only(doctor(banked, code=1), "bank", "fail")
     assert "1 of 1 experts" in finding["found"]
     assert "its weights are not those that were signed" in finding["found"]

@@ -38,7 +38,7 @@ from cropkt_server.results import results
 from cropkt_server.revocation import CAUSE, NOTHING_LEFT
 from cropkt_server.roster import Roster
 from cropkt_server.settings import Settings, save_settings
-from cropkt_server.store import Task
+from cropkt_server.store import Store, Task
 from cropkt_server.study import Study
 
 pytestmark = pytest.mark.usefixtures("all_admitted", "all_signed")
@@ -124,6 +124,36 @@ def test_a_signed_expert_is_taken(driver: Driver, refused: Callable[..., str]) -
     assert refused() == "done"
     (expert,) = driver.study.store.bank.experts()
     assert (expert.card.site, expert.task, expert.revoked_at) == ("b", EXPERT_B.id, None)
+
+
+@pytest.mark.parametrize("where", [(Bank, "add"), (Store, "done")])
+def test_a_coordinator_killed_while_it_takes_an_expert_has_its_reply_and_takes_it_again(
+    driver: Driver,
+    sign_reply: Callable[..., ExpertReply],
+    signer: Callable[[str], Any],
+    where: tuple[type, str],
+) -> None:
+    driver.run(until=lambda task: task.kind != "describe")
+    request, plain = driver.study.request(EXPERT_B), driver.answer(EXPERT_B)
+    reply, store = sign_reply(EXPERT_B, plain, request, key=signer("b")), driver.study.store
+    store.sent(EXPERT_B)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*where, killed)
+        with pytest.raises(KeyboardInterrupt):
+            driver.study.record(EXPERT_B, reply)
+    kept = store.reply(EXPERT_B)
+    assert isinstance(kept, ExpertReply)
+    assert kept.signed == reply.signed
+    assert store.state(EXPERT_B) == "sent"
+    store.close()
+    driver.study = driver.open()
+    driver.study.record(EXPERT_B, reply)
+    assert driver.state(EXPERT_B.id) == "done"
+    assert [expert.signed for expert in driver.study.store.bank.experts()] == [reply.signed]
+
+
+def killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_expert_that_is_not_signed_fails_its_row(

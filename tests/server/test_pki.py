@@ -67,6 +67,24 @@ def test_names_a_date_that_is_wrong(keys: Keys, days: int, problem: str) -> None
         check_certificate(keys, [], clock=lambda: datetime.now(UTC) + timedelta(days=days))
 
 
+def test_an_authority_that_expired_is_not_renewed(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = datetime.now(UTC) + timedelta(days=826)
+    with pytest.raises(ConfigError, match="cropkt-server renew"):  # the server's alone
+        check_certificate(keys, [], clock=lambda: late)
+    with pytest.raises(ConfigError, match=r"ca\.pem: expired .* a new invite to every site"):
+        check_certificate(keys, [], clock=lambda: late + timedelta(days=3650))
+    monkeypatch.setattr("cropkt_server.pki.EARLY", timedelta(days=2))
+    monkeypatch.setattr("cropkt_server.pki.CA_DAYS", -1)
+    ended = Keys.of(keys.folder / "ended")
+    make_keys(ended, ["localhost"], study="rare")
+    before = ended.server.read_bytes()
+    with pytest.raises(ConfigError, match=r"ca\.pem: expired .* Begin a new study"):
+        renew(ended, ["localhost"])
+    assert ended.server.read_bytes() == before
+
+
 def test_lifetimes(keys: Keys) -> None:
     for path, days in ((keys.ca, 3650), (keys.server, 825)):
         certificate = x509.load_pem_x509_certificate(path.read_bytes())

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from cropkt.cancers import Cancer
 from cropkt_client.enrol import Keys as SiteKeys
 from cropkt_server.asgi import PIECE
 from cropkt_server.enrolment import Enrolment, pem_of
 from cropkt_server.pki import Keys, make_keys
-from cropkt_server.public import AT_WORK, PublicDoor
+from cropkt_server.public import AT_WORK, KEY_HEADER, SIGNATURE_HEADER, PublicDoor
 from cropkt_server.roster import Roster, Traffic
 
 Ask = Callable[[Any], Awaitable[list[dict[str, Any]]]]
@@ -57,13 +59,13 @@ def door(tmp_path: Path) -> Iterator[Callable[[Fleet], Ask]]:
         signing_key=public["signing_key"],
         register=lambda key, name: 7,
     )
-    header = base64.b64encode(pem_of(public["node_key"]).encode())
+    headers_of_site = [(KEY_HEADER, base64.b64encode(pem_of(public["node_key"]).encode()))]
+    numbers = itertools.count(1)
     scope = {
         "type": "http",
         "method": "POST",
         "path": "/v1/fleet/pull-object",
         "raw_path": b"/v1/fleet/pull-object",
-        "headers": [(b"flwr-public-key", header)],
         "client": ("127.0.0.1", 1),
     }
 
@@ -77,7 +79,9 @@ def door(tmp_path: Path) -> Iterator[Callable[[Fleet], Ask]]:
             async def send(event: Any) -> None:
                 sent.append(event)
 
-            await app(dict(scope), receive, send)
+            signature = base64.b64encode(encode_dss_signature(next(numbers), 1))
+            headers = [*headers_of_site, (SIGNATURE_HEADER, signature)]
+            await app({**scope, "headers": headers}, receive, send)
             return sent
 
         return ask

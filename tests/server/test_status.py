@@ -134,6 +134,24 @@ def test_a_study_that_is_over_is_finished_only_if_nothing_is_missing(
     assert not any("finished" in line for line in in_words(status))
 
 
+def test_a_study_that_a_site_was_revoked_from_is_not_finished(folder: Path, enrol: Enrol) -> None:
+    enrol("lumc")
+    with closing(Store(folder)) as store:
+        rows = [Task(kind="describe", site="lumc")]
+        rows += [Task(kind="fit_expert", site="lumc", cancer=Cancer.UVM)]
+        store.add(rows)
+        for row in rows:
+            store.done(row)
+        store.set_meta("decided/bank", '["UVM", "SKCM"]')
+        store.close_study()
+    assert read_status(folder).state == "finished"
+    with closing(Roster(folder)) as roster:
+        roster.revoke("lumc")
+    status = read_status(folder)
+    assert (status.state, status.problem) == ("incomplete", "1 site is missing")
+    assert "missing: lumc: revoked before it was finished" in list(in_words(status))
+
+
 def test_a_study_that_waits_for_more_sites_says_so(folder: Path, enrol: Enrol) -> None:
     save_settings(Settings(name="eye", host="localhost:1", min_sites=2), folder)
     for site in ("lumc", "ucl"):

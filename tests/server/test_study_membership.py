@@ -11,8 +11,9 @@ import pytest
 from cropkt.cancers import Cancer
 from cropkt.config import StudyConfig
 from cropkt.messages import DescribeReply, ExpertRequest, Message, RouterRequest, TransferRequest
-from cropkt_server.membership import Member
+from cropkt_server.membership import Member, missing
 from cropkt_server.results import results
+from cropkt_server.runtime import _problem
 from cropkt_server.store import Store, Task
 from cropkt_server.study import Gathering, Study
 
@@ -200,6 +201,44 @@ def test_a_revoked_site_fails_at_once_and_holds_nobody_up(driver: Driver) -> Non
     assert [t.id for t in study.failures()] == ["describe/c"]
     study.add_sites([A, B, C])  # it was invited and enrolled again
     assert [t.id for t in study.due()] == ["describe/c"]
+
+
+def revoked(member: Member) -> Member:
+    return Member(member.name, member.cancers, "revoked")
+
+
+@pytest.mark.parametrize("again", [revoked(A), invited(A)])
+def test_a_site_revoked_between_two_rows_is_missing(driver: Driver, again: Member) -> None:
+    study = driver.open(A, B, C)
+    driver.run(but=("c",))
+    assert not [task for task in study.due() if task.site == "a"]  # its expert is given
+    study.add_sites([revoked(A), B, C])
+    driver.run()
+    assert study.finished
+    assert study.failures() == []
+    assert results(study)["targets"]["UVM"]["arms"] == {}
+    row = {"row": "describe/a", "cause": "missing: revoked before it was finished"}
+    assert results(study)["failed"] == [row]
+    assert "1 rows failed or are missing: describe/a" in _problem(results(study), study.bank())
+    assert missing([again], study.store.tasks()) == {"a": "revoked before it was finished"}
+
+
+def test_a_site_revoked_when_one_of_its_cancers_is_finished_is_missing() -> None:
+    rows = [Task(kind="describe", site="a", state="done")]
+    rows += [Task(kind="fit_expert", site="a", cancer=c, state="done") for c in (UVM, SKCM)]
+    rows += [Task(kind="evaluate", site="a", cancer=UVM, state="done")]
+    assert set(missing([revoked(A)], rows)) == {"a"}
+    rows += [Task(kind="evaluate", site="a", cancer=SKCM, state="done")]
+    assert missing([revoked(A)], rows) == {}
+
+
+def test_a_site_revoked_after_its_last_row_is_not_missing(driver: Driver) -> None:
+    study = driver.open(A, B, C)
+    driver.run()
+    study.add_sites([revoked(A), B, C])
+    assert study.finished
+    assert results(study)["failed"] == []
+    assert results(study)["targets"]["UVM"]["arms"]
 
 
 def test_an_expired_invite_is_not_waited_for(driver: Driver) -> None:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ import numpy as np
 import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    decode_dss_signature,
+    encode_dss_signature,
+)
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -37,7 +42,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import (
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+    ErrorCode,
+)
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab as ProtoFab
@@ -52,7 +62,7 @@ from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node as ProtoNode
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.serverapp import Grid
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -60,7 +70,9 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, verify_signature
+from flwr.supercore.protobuf.client import ProtobufRequestContext
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -72,13 +84,16 @@ from cropkt.cancers import Cancer
 from cropkt.errors import ConfigError
 from cropkt_server.enrolment import Enrolment
 from cropkt_server.pki import Keys, make_keys
-from cropkt_server.public import FLEET_BODY, FLEET_CALLS, KEY_HEADER
+from cropkt_server.public import FLEET_BODY, FLEET_CALLS, KEY_HEADER, SIGNATURE_HEADER
+from cropkt_server.replay import WINDOW
 from cropkt_server.roster import Roster
 from cropkt_server.superlink import LATEST_BEAT, SuperLink, serving
 
 # Of alembic, which Flower's database is opened with.
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")
 UVM = Cancer("UVM")
+# The order of the group of P-384, FIPS 186-4, D.1.2.4.
+P384 = int(48 * "f" + "c7634d81f4372ddf581a0db248b0a77aecec196accc52973", 16)
 OTHER_PATHS = (
     "/",
     "/docs",
@@ -315,6 +330,7 @@ def test_the_door_knows_flowers_calls() -> None:
     theirs = {route.path.removeprefix("/v1/fleet/") for route in fleet_router.routes}  # type: ignore[attr-defined]
     assert theirs == {*FLEET_CALLS, "register-node", "unregister-node"}
     assert KEY_HEADER.decode() == FLEET_HTTP_PUBLIC_KEY_HEADER
+    assert SIGNATURE_HEADER.decode() == FLEET_HTTP_SIGNATURE_HEADER
 
 
 def test_every_other_path_is_not_there(coordinator: Coordinator, site: Site) -> None:
@@ -402,15 +418,35 @@ def test_enrolment_is_limited_by_address(coordinator: Coordinator) -> None:
 # --- the three attacks of a stock SuperLink
 
 
-def test_attack_1_no_run_starts_from_outside(coordinator: Coordinator) -> None:
+@pytest.fixture
+def refusals(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return what gives the causes that the door has logged."""
+    caplog.set_level(logging.WARNING, logger="cropkt.server")
+    return lambda: [
+        line.removeprefix("refused 127.0.0.1: ")
+        for line in caplog.messages
+        if line.startswith("refused ")
+    ]
+
+
+def no_route(*calls: str) -> list[str]:
+    return [f"no such route: POST '/v1/{call}'" for call in calls]
+
+
+def test_attack_1_no_run_starts_from_outside(
+    coordinator: Coordinator, refusals: Callable[[], list[str]]
+) -> None:
     control = coordinator.client(ControlHttpClient)
     fab = ProtoFab(hash_str=bundle_hash(), content=bundle())
     refused_with(404, lambda: control.StartRun(StartRunRequest(fab=fab)))
     refused_with(404, lambda: control.ListNodes(ListNodesRequest()))
     assert runs(coordinator.folder) == []
+    assert refusals() == no_route("control/start-run", "control/list-nodes")
 
 
-def test_attack_2_no_node_registers_from_outside(coordinator: Coordinator) -> None:
+def test_attack_2_no_node_registers_from_outside(
+    coordinator: Coordinator, refusals: Callable[[], list[str]]
+) -> None:
     foreign = Site(coordinator, enrol=False)
     pem = public_key_to_bytes(foreign.key.public_key())
     control = coordinator.client(ControlHttpClient)
@@ -420,9 +456,15 @@ def test_attack_2_no_node_registers_from_outside(coordinator: Coordinator) -> No
     member = Site(coordinator, "B")  # nor by a member's hand
     refused_with(404, lambda: member.fleet.RegisterNode(register))
     refused_with(401, foreign.activate)
+    assert refusals() == [
+        *no_route("control/register-node", "fleet/register-node"),  # the same one once a minute
+        "a key that nobody enrolled",
+    ]
 
 
-def test_attack_3_the_server_apps_task_cannot_be_taken(coordinator: Coordinator) -> None:
+def test_attack_3_the_server_apps_task_cannot_be_taken(
+    coordinator: Coordinator, refusals: Callable[[], list[str]]
+) -> None:
     done = threading.Event()
 
     def wait(grid: Grid, context: Context) -> None:
@@ -433,6 +475,7 @@ def test_attack_3_the_server_apps_task_cannot_be_taken(coordinator: Coordinator)
         request = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
         refused_with(404, lambda: runtime.AcquireTask(request))
         done.set()
+    assert refusals() == no_route("runtime/acquire-task")
 
 
 # --- nodes
@@ -465,17 +508,61 @@ def test_a_member_cannot_take_anothers_messages(coordinator: Coordinator, site: 
     refused_with(401, lambda: other.fleet.PullMessages(PullMessagesRequest(node=site.node)))
 
 
+def signed(site: Site) -> dict[str, str]:
+    """Return the headers of a request that a site signs."""
+    request = httpx.Request("POST", "https://coordinator")
+    context = ProtobufRequestContext("", RegisterNodeRequest(), request)
+    NodeAuthHttpInterceptor(site.key, site.key.public_key()).intercept(
+        context, lambda _: httpx.Response(200)
+    )
+    names = (KEY_HEADER.decode(), SIGNATURE_HEADER.decode(), TIMESTAMP_HEADER)
+    return {name: request.headers[name] for name in names} | {"content-type": PROTOBUF_MEDIA_TYPE}
+
+
+def test_a_request_that_comes_again_is_refused(
+    coordinator: Coordinator, site: Site, refusals: Callable[[], list[str]]
+) -> None:
+    node, headers = site.activate(), signed(site)
+
+    def post(call: str = "pull-messages", **changed: str) -> int:
+        message = PullMessagesRequest(node=node).SerializeToString()
+        path = f"/v1/fleet/{call}"
+        return coordinator.web.post(path, content=message, headers=headers | changed).status_code
+
+    assert refusals() == []
+    assert post() == 200
+    assert post() == 401
+    assert refusals() == ["A: a signature that came before, or none"]
+    assert post("push-messages") == 401  # nor for anything else
+    r, s = decode_dss_signature(base64.b64decode(headers[SIGNATURE_HEADER.decode()]))
+    twin = encode_dss_signature(r, P384 - s)
+    assert verify_signature(site.key.public_key(), headers[TIMESTAMP_HEADER].encode(), twin)
+    assert post(**{SIGNATURE_HEADER.decode(): base64.b64encode(twin).decode()}) == 401
+    headers = signed(site)
+    assert post(**{SIGNATURE_HEADER.decode(): "AAAA"}) == 401
+    assert post() == 200
+
+
+def test_requests_signed_in_the_same_instant_are_two(
+    coordinator: Coordinator, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, now = site.activate(), datetime.now(UTC)
+    monkeypatch.setattr("flwr.supernode.node_auth_http_interceptor.now", lambda: now)
+    for _ in range(3):
+        site.fleet.PullMessages(PullMessagesRequest(node=node))
+
+
+def test_flower_takes_no_signature_for_longer_than_it_is_remembered() -> None:
+    assert TIMESTAMP_TOLERANCE + 2 * SYSTEM_TIME_TOLERANCE == WINDOW
+
+
 def test_a_body_beyond_the_limit_is_not_read(coordinator: Coordinator, site: Site) -> None:
     node = site.activate()
     large = PushObjectRequest(node=node, object_id="x", object_content=b"0" * FLEET_BODY)
     refused_with(413, lambda: site.fleet.PushObject(large))
     # and in pieces without a declared length, cut off on the way
     connection = http.client.HTTPSConnection("127.0.0.1", coordinator.port, context=coordinator.tls)
-    pem = public_key_to_bytes(site.key.public_key())
-    headers = {
-        "content-type": "application/x-protobuf",
-        KEY_HEADER.decode(): base64.b64encode(pem).decode(),
-    }
+    headers = signed(site)
     pieces = (b"0" * (1 << 20) for _ in range(12))
     try:
         connection.request("POST", "/v1/fleet/push-object", pieces, headers, encode_chunked=True)
@@ -536,7 +623,9 @@ def test_nobody_answers_for_another(coordinator: Coordinator, site: Site) -> Non
     assert answers == []
 
 
-def test_revoked_in_the_middle_of_a_task(coordinator: Coordinator, site: Site) -> None:
+def test_revoked_in_the_middle_of_a_task(
+    coordinator: Coordinator, site: Site, refusals: Callable[[], list[str]]
+) -> None:
     node, revoked, answers = site.activate(), threading.Event(), list[Message]()
 
     def main(grid: Grid, context: Context) -> None:
@@ -555,6 +644,7 @@ def test_revoked_in_the_middle_of_a_task(coordinator: Coordinator, site: Site) -
         revoked.set()
     assert all(answer.has_error() for answer in answers)
     assert coordinator.roster.site_of(node.node_id) is None
+    assert refusals() == ["A is revoked"]
     assert site.enrol().json()["code"] == "revoked"
 
 
@@ -760,7 +850,7 @@ def supernode(site: Site, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.federation
 def test_a_stock_supernode_joins_and_a_revoked_one_ends(
-    coordinator: Coordinator, site: Site
+    coordinator: Coordinator, site: Site, refusals: Callable[[], list[str]]
 ) -> None:
     node_id = coordinator.roster.sites()[0].node_id
     seen: list[int] = []
@@ -778,6 +868,7 @@ def test_a_stock_supernode_joins_and_a_revoked_one_ends(
         assert coordinator.roster.sites()[0].last_seen is not None
         coordinator.roster.revoke("A")
         process.wait(60)  # at its next call
+    assert refusals() == ["A is revoked"]
 
 
 @pytest.mark.federation

@@ -17,7 +17,7 @@ from cropkt.errors import ConfigError
 from cropkt.messages import PROTOCOL
 from cropkt.versions import unfit
 from cropkt_server.lock import running
-from cropkt_server.pki import Keys, check_certificate, last_second
+from cropkt_server.pki import NEW_AUTHORITY, Keys, check_certificate, last_second
 from cropkt_server.public import listening
 from cropkt_server.settings import Settings
 
@@ -68,10 +68,9 @@ def _keys(keys: Keys) -> Finding:
 
 
 def _dates(keys: Keys) -> Finding:
-    new = "Begin a new study: sites pinned this authority"
     ends = [
         ("the server's", last_second(keys.server), "Make a new one with cropkt-server renew"),
-        ("the authority's", last_second(keys.ca), new),
+        ("the authority's", last_second(keys.ca), NEW_AUTHORITY),
     ]
     return until("certificate dates", ends)
 
