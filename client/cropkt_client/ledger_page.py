@@ -14,7 +14,7 @@ from pathlib import Path
 from cropkt.errors import UsageError
 from cropkt.files import replace_file
 from cropkt_client.ledger import COLUMNS, Ledger, Row, fingerprint, public_key
-from cropkt_client.settings import SiteConfig, read_settings, state_folder
+from cropkt_client.settings import ReleasePolicy, SiteConfig, read_settings, state_folder
 from cropkt_client.words import size
 
 _STYLE = """
@@ -149,8 +149,24 @@ def _rules(config: SiteConfig) -> Iterator[str]:
             ("messages", ", ".join(rules.messages)),
             ("cancers", ", ".join(cancers)),
             ("purposes", ", ".join(rules.purposes)),
+            ("size of one answer", f"at most {rules.max_megabytes} MB"),
+            ("membership audit", _audit(rules)),
+            ("differential privacy", _privacy(config)),
         ],
     )
+
+
+def _audit(rules: ReleasePolicy) -> str:
+    if rules.audit is None:
+        return "shown to who approves; blocks nothing"
+    return f"blocks an expert whose AUROC may be above {rules.audit.max_auroc_upper:g}"
+
+
+def _privacy(config: SiteConfig) -> str:
+    if config.privacy is None:
+        return "none"
+    limit, delta = config.privacy.epsilon, config.privacy.delta
+    return f"epsilon {limit:g} for ever, delta {delta:g}, of each cohort"
 
 
 def _messages(rows: list[Row]) -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 A step takes each patient with the mechanism's probability, clips the gradient of each one's own
 loss to a fixed length, and adds Gaussian noise to the sum. All else that decides the weights is a
-constant of the study: M0, the schedule, the lot size that the sum is divided by. So the expert
-is a function of clipped, noised sums alone. What would break this is refused: a loss that is not
-a sum over patients, and inputs in units of the cohort.
+constant of the study: M0, the schedule, the lot size that the sum is divided by. The gradients of
+many patients are made at once (`vmap`), in groups of bounded memory, without ghost clipping. So the
+expert is a function of clipped, noised sums alone. What would break this is refused: a loss that is
+not a sum over patients, and inputs in units of the cohort.
 
 The noise and who takes part come from a key that the operating system gives to this one training,
 never from the study's seed: who knows the stream could subtract it. So no two private trainings

@@ -250,6 +250,8 @@ def test_the_page_stands_alone_and_says_who_what_how_much_and_when(
         "at most 1.50",
         ledger.rows()[-1].time,
         "20 patients, 10 events",
+        "shown to who approves; blocks nothing",
+        "differential privacy none",
     ):
         assert part in re.sub(r"\s+", " ", page.text)
     assert "@media print" in (tmp_path / "out.html").read_text()

@@ -32,7 +32,7 @@ from cropkt.invite import PREFIX, Invite, decode_invite, encode_invite
 from cropkt.knock import Knock
 from cropkt.messages import REPLIES, REQUESTS, ExpertReply, Score, load, pack, save, unpack
 from cropkt.wire import from_record
-from cropkt_client.link import Accepted, Answer, Coordinator, Hello, check_versions, skew
+from cropkt_client.link import Accepted, Answer, Coordinator, Hello, Known, check_versions, skew
 from cropkt_server.dispatch import _unreadable
 from cropkt_server.enrolment import Enrolment, pem_of
 from cropkt_server.pki import Keys, make_keys
@@ -106,6 +106,9 @@ def parsers(folder: Path) -> dict[str, Parser]:
     found = {
         "message": Parser(_message, MessageError, _message_text, _message_tree),
         "array": Parser(_array, MessageError, lambda _: _npy(FLAT)),
+        "record": Parser(
+            _record, MessageError, lambda _: json.dumps(_in_parts()).encode(), lambda _: _in_parts()
+        ),
         "unreadable": Parser(_text_of_reply, (), _message_text, _message_tree),
         "file": Parser(
             _in_file(folder, lambda path: load(path, expected=EVERY)), MessageError, lambda _: kept
@@ -164,7 +167,8 @@ def _text_of_reply(content: bytes) -> None:
     assert len(said) < 100
 
 
-def _array(content: bytes) -> None:
+def _reply() -> str:
+    """Return the text of a message with six weights."""
     text, _ = pack(
         ExpertReply(
             task="t",
@@ -176,8 +180,32 @@ def _array(content: bytes) -> None:
             seconds=1,
         )
     )
+    return text
+
+
+def _in_parts() -> dict[str, Any]:
+    return {"json": _reply(), "parts": {"weights.00000": 3, "weights.00001": 3}}
+
+
+def _record(content: bytes) -> None:
+    """Read a record whose arrays are named and sized as a stranger likes."""
+    try:
+        tree = json.loads(content)
+        text = str(tree["json"])
+        parts = {
+            str(name): Array(np.ones(min(abs(int(size)), 64), np.float32))
+            for name, size in tree["parts"].items()
+        }
+    except Exception:
+        raise MessageError("record", "no sender could make it") from None
+    record = {"message": ConfigRecord({"json": text}), "weights": ArrayRecord(parts)}
+    from_record(RecordDict(record), expected=EVERY)
+
+
+def _array(content: bytes) -> None:
     array = Array(dtype="float32", shape=(6,), stype="numpy.ndarray", data=content)
-    record = {"message": ConfigRecord({"json": text}), "weights": ArrayRecord({"weights": array})}
+    arrays = ArrayRecord({"weights": array})
+    record = {"message": ConfigRecord({"json": _reply()}), "weights": arrays}
     from_record(RecordDict(record), expected=EVERY)
 
 
@@ -298,6 +326,7 @@ def _of_link() -> dict[str, Parser]:
         "coordinator_key": "A" * 43 + "=",
         "bundle": bundle_hash(),
     }
+    known = {"site": "a", "cancers": ["UVM"], "config": asdict(STUDY), "encoder": "UNI2-h"}
     refusal = {"code": "version", "message": "The coordinator runs cropkt 2."}
 
     class Offered(Coordinator):
@@ -327,6 +356,12 @@ def _of_link() -> dict[str, Parser]:
     return {
         "certificate": Parser(pinned, ours, lambda _: pem),
         "hello": Parser(read_hello, ours, lambda _: json.dumps(hello).encode(), lambda _: hello),
+        "known": Parser(
+            lambda content: hub._understood(Known, content),
+            ours,
+            lambda _: json.dumps(known).encode(),
+            lambda _: known,
+        ),
         "accepted": Parser(
             lambda content: hub._understood(Accepted, content),
             ours,

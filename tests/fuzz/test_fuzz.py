@@ -37,6 +37,8 @@ NAMES = [
         "hello",
         "accepted",
         "refusal",
+        "known",
+        "record",
     ),
 ]
 """Messages, which are most of what arrives, get most of the cases."""
