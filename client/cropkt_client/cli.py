@@ -197,6 +197,10 @@ def doctor(
     full: Annotated[
         bool, typer.Option("--full", help="Read every slide, not only for a minute.")
     ] = False,
+    splits: Annotated[
+        list[Path] | None,
+        typer.Option(help="Split file of other work on these patients; repeat for each fold."),
+    ] = None,
     device: Annotated[str, typer.Option(help=_DEVICES, show_default=False)] = "auto",
 ) -> None:
     """Check connection, machine and data."""
@@ -207,7 +211,7 @@ def doctor(
         _check_device_name(device)
         seconds = 0.0 if no_probe else probe
         path = config or context.obj
-        findings = examine(path, device=device, probe=seconds, full=full)
+        findings = examine(path, device=device, probe=seconds, full=full, splits=splits or ())
         code = show(findings, as_json=as_json)
     raise typer.Exit(code)
 

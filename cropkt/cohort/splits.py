@@ -153,11 +153,10 @@ def _split_columns(path: Path) -> dict[str, set[str]]:
         raise CohortError(path, "cannot be read as CSV", "Give a splits_<fold>.csv") from error
     roles = [[role for role in ids if role in name.lower()] for name in header]
     if any(len(role) > 1 for role in roles):
-        raise CohortError(path, f"columns {header}: one is named after two roles", "Rename it")
+        raise CohortError(path, "a column is named after two roles", "Rename it")
     if not {"train", "test"} <= {name for role in roles for name in role}:
-        raise CohortError(
-            path, f"columns {header}: no train and test", "Name the columns train, val and test"
-        )
+        problem = "it has no columns train and test"  # without a header, a row is not repeated
+        raise CohortError(path, problem, "Name the columns train, val and test")
     for row in rows:
         for role, cell in zip(roles, row, strict=False):
             if role and cell.strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cropkt.cohort.pack import write_pack
 from cropkt.config import ExpertShape, StudyConfig
 from cropkt_client.doctor import machine
 from cropkt_client.doctor.cohort import Cohorts
+from cropkt_client.doctor.folds import other_splits
 from cropkt_client.site import Site, folds_of
 
 SECRET = "SECRET"  # every id and file name begins with it
@@ -424,3 +426,27 @@ def test_the_cancers_that_can_be_trained_are_known_afterwards(hospital: Hospital
     looked = Cohorts(hospital.config, STUDY, encoder="UNI2-h", full=False)
     list(looked.checks())
     assert looked.usable == {Cancer.UVM: PATIENTS}
+
+
+@pytest.mark.parametrize(
+    ("files", "word", "says"),
+    [
+        ((("a,b", "c"), ("b,c", "a")), "ok", "2 files: nobody is trained on and tested in one"),
+        ((("a,b", "c"), ("a,c", "a")), "fail", "file 2: 1 patients stand in both"),
+        ((("a,b", "c"), ("a,b", "c")), "fail", "in the test columns of two files"),
+    ],
+)
+def test_splits_of_other_work_are_looked_through(
+    tmp_path: Path, files: tuple[tuple[str, str], ...], word: str, says: str
+) -> None:
+    paths = [tmp_path / f"{SECRET}-{number}.csv" for number in range(len(files))]
+    for path, (train, test) in zip(paths, files, strict=True):
+        rows = zip_longest(train.split(","), test.split(","), fillvalue="")
+        path.write_text("\n".join(["train,test", *(f"{a},{b}" for a, b in rows)]))
+    finding = other_splits(paths)
+    assert finding.word == word
+    assert says in finding.line
+    assert SECRET not in finding.line
+    paths[0].write_text(f"{SECRET},{SECRET}\n")
+    assert SECRET not in other_splits(paths).line
+    assert "file 1: it has no columns train and test" in other_splits(paths).line

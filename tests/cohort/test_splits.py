@@ -129,9 +129,9 @@ def test_reads_published_splits(tmp_path: Path) -> None:
             r"splits_1.csv: 1 patients stand in its test column and in that of .*splits_0.csv",
         ),
         (("train,test\na,b\n",), "1 of 2 patients stand in no test column"),
-        (("train,val\na,b\n",), "no train and test"),
-        (("train,test,train_or_test\na,b,c\n",), "one is named after two roles"),
-        (("",), "no train and test"),
+        (("train,val\na,b\n",), "it has no columns train and test"),
+        (("train,test,train_or_test\na,b,c\n",), "a column is named after two roles"),
+        (("",), "it has no columns train and test"),
         ((), "2 of 2 patients stand in no test column"),
     ],
 )

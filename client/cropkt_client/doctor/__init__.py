@@ -7,7 +7,7 @@ patient.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,12 @@ from cropkt_client.settings import read_settings
 
 
 def examine(
-    config: Path, *, device: str = "auto", probe: float = 20.0, full: bool = False
+    config: Path,
+    *,
+    device: str = "auto",
+    probe: float = 20.0,
+    full: bool = False,
+    splits: Sequence[Path] = (),
 ) -> Iterator[Finding]:
     """Yield what the check-up of one site finds, a finding a check.
 
@@ -27,6 +32,7 @@ def examine(
         device: where it will train: auto, cuda[:i], cpu or mps.
         probe: seconds that the trial of training may take; 0: none.
         full: read every slide, however long that takes.
+        splits: files of the folds of other work on these patients.
     """
     logging.getLogger("cropkt").addHandler(logging.NullHandler())  # children's words are no finding
     config = config.resolve()
@@ -46,11 +52,13 @@ def examine(
 
     from cropkt_client.doctor.cohort import Cohorts  # torch loads here
     from cropkt_client.doctor.compute import Compute
-    from cropkt_client.doctor.folds import minima
+    from cropkt_client.doctor.folds import minima, other_splits
 
     fewest = minima(settings).minimum_patients
     compute = Compute(config, connection.state, device, fewest=fewest)
     yield from part("compute", compute.checks)
     data = Cohorts(config, study, encoder=known.encoder if known else None, full=full)
     yield from part("data", data.checks)
+    if splits:
+        yield replace(other_splits(splits), part="data")
     yield from part("time", lambda: compute.probe(data.usable, data.study, probe))

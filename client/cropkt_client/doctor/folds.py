@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from cropkt.checkup import Finding, fail, ok, warn
 from cropkt.cohort.bags import Cohort
 from cropkt.cohort.names import SlideNames
 from cropkt.cohort.outcomes import counted
-from cropkt.cohort.splits import comparable_pairs
+from cropkt.cohort.splits import comparable_pairs, read_splits
 from cropkt.config import StudyConfig
 from cropkt.errors import CohortError
 from cropkt_client.settings import ReleasePolicy, SiteConfig
@@ -62,7 +63,7 @@ def events_and_pairs(cohort: Cohort, study: StudyConfig, config: SiteConfig) -> 
 def one_side(cohort: Cohort, study: StudyConfig) -> Finding:
     """Check that no slide is of two patients, whatever names it goes by: folds are of patients.
 
-    A site has no other splits than the study's: `site.yaml` takes no split files.
+    A study uses no other splits than its own: `site.yaml` takes no split files.
     """
     check = f"both sides of {cohort.cancer}"
     names = SlideNames(cohort.source.slide_ids())
@@ -84,6 +85,26 @@ def one_side(cohort: Cohort, study: StudyConfig) -> Finding:
     if study.split == "hospital":
         text = f"{text}; so is every hospital"
     return ok(check, f"{text}; other splits than the study's are not used")
+
+
+def other_splits(paths: Sequence[Path]) -> Finding:
+    """Check that the splits of other work train on nobody whom they test, and test nobody twice.
+
+    Files are numbered as they were given, since a name may tell of a patient.
+    """
+    check = "splits"
+    for number, path in enumerate(paths, start=1):
+        try:
+            read_splits([path], ())
+        except CohortError as error:
+            return fail(check, f"file {number}: {error.problem}", error.fix)
+    try:
+        read_splits(paths, ())
+    except CohortError:
+        problem = "a patient stands in the test columns of two files"
+        return fail(check, problem, "A patient is tested once: correct the files")
+    files = counted(len(paths), "file")
+    return ok(check, f"{files}: nobody is trained on and tested in one, or tested in two")
 
 
 def may_leave(cohort: Cohort, study: StudyConfig, config: SiteConfig) -> Finding:
