@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from cropkt.cohort.bags import PackedBags
 from cropkt.config import OptimiserConfig, StudyConfig
 from cropkt.experts.abmil import Abmil, flatten
-from cropkt.experts.training import cross_fitted, hash_seed, updates_per_epoch
+from cropkt.experts.training import hash_seed, updates_per_epoch
 from cropkt.messages import Weights
 from cropkt.survival.likelihood import risk
 
@@ -86,7 +86,7 @@ class Admission:
             weights: (1, parameters), or one a model of the folds where the cancer is shared.
             shared: whether it is.
         """
-        models = len(cross_fitted(self.study.folds)) if shared else 1
+        models = self.study.models if shared else 1
         return _form("experts", weights, (models, len(self.initial)))
 
     def fold_models_form(self, weights: Weights) -> str:

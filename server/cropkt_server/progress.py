@@ -85,7 +85,7 @@ def _update(
         return
     if name not in bar_of:
         bar_of[name] = progress.add_task(name, total=len(tasks), now="")
-    settled = sum(task.state in ("done", "failed") for task in tasks)
+    settled = sum(task.settled for task in tasks)
     total = max(whole, len(tasks))
     progress.update(bar_of[name], completed=settled, total=total, now=now.replace("_", " "))
 
@@ -113,11 +113,11 @@ def _lines(folder: Path, say: Callable[[str], None], stop: threading.Event) -> N
             if task.state == "held" and f"held {task.id}" not in told:
                 told.add(f"held {task.id}")
                 say(f"{task.id} waits for approval at the site")
-        settled = all(task.state in ("done", "failed") for task in tasks)
+        settled = all(task.settled for task in tasks)
         if settled and not last and (waits := read_status(folder).waits) and waits not in told:
             told.add(waits)
             say(f"The study waits for more sites: {waits}")
-        states = Counter((task.kind, task.state in ("done", "failed")) for task in tasks)
+        states = Counter((task.kind, task.settled) for task in tasks)
         for index, stage in enumerate(STAGES):
             complete = states[stage, True] and not states[stage, False]
             over = last or any(task.kind in STAGES[index + 1 :] for task in tasks)

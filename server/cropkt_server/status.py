@@ -90,7 +90,7 @@ def read_status(folder: Path) -> StudyStatus:
         gathered = store.meta("decided/gathered") is not None
     failed = {task.id: task.cause for task in tasks if task.state == "failed"}
     absent = missing(members, tasks)
-    over = closed or (simulated and bool(tasks) and all(_settled(task) for task in tasks))
+    over = closed or (simulated and bool(tasks) and all(task.settled for task in tasks))
     problem = _problem(failed, absent, bank) if over else ""
     beat = last_beat(folder)
     sites = tuple(
@@ -137,7 +137,7 @@ def read_status(folder: Path) -> StudyStatus:
 def _waits(tasks: list[Task], min_sites: int) -> str:
     """Return what sites are lacking before experts are shared; nothing while some work."""
     described = sum(task.kind == "describe" and task.state == "done" for task in tasks)
-    if not tasks or described >= min_sites or not all(_settled(task) for task in tasks):
+    if not tasks or described >= min_sites or not all(task.settled for task in tasks):
         return ""
     return (
         f"{described} of {min_sites} sites (min_sites) have described themselves; "
@@ -159,10 +159,6 @@ def _problem(failed: Mapping[str, str], absent: Mapping[str, str], bank: list[st
 def nothing_to_transfer(bank: int) -> str:
     """Return why experts of so many cancers help nobody; nothing if they may."""
     return "" if bank > 1 else "fewer than two cancers have an expert: nothing to transfer"
-
-
-def _settled(task: Task) -> bool:
-    return task.state in ("done", "failed")
 
 
 def _stages(tasks: Iterable[Task]) -> dict[str, dict[str, int]]:

@@ -69,6 +69,11 @@ class Task:
             parts += [self.cancer, str(self.round)]
         return "/".join(parts)
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return self.state in ("done", "failed")
+
 
 class Store:
     """Rows and replies of one study folder."""

@@ -313,7 +313,7 @@ class Study(Findings):
         """Return the sites whose description the study waits for."""
         if self.decided("gathered") is not None or self._goes_on(rows):
             return []
-        known = {t.site for t in rows["describe", None, 0] if t.state in ("done", "failed")}
+        known = {t.site for t in rows["describe", None, 0] if t.settled}
         return [
             member
             for member in self._members
@@ -445,7 +445,7 @@ def _cause(failure: Failure) -> str:
 
 
 def _settled(tasks: list[Task]) -> bool:
-    return bool(tasks) and all(task.state in ("done", "failed") for task in tasks)
+    return bool(tasks) and all(task.settled for task in tasks)
 
 
 def _done(tasks: list[Task]) -> list[Task]:

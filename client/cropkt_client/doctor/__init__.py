@@ -60,5 +60,5 @@ def examine(
     data = Cohorts(config, study, encoder=known.encoder if known else None, full=full)
     yield from part("data", data.checks)
     if splits:
-        yield replace(other_splits(splits), part="data")
+        yield from part("data", lambda: [other_splits(splits)])
     yield from part("time", lambda: compute.probe(data.usable, data.study, probe))

@@ -15,7 +15,7 @@ from cryptography import x509
 from cropkt.checkup import Finding, fail, failed, ok, skipped, until, warn
 from cropkt.errors import ConfigError, CropktError, RefusedError, UnavailableError
 from cropkt.knock import Knock
-from cropkt.versions import together, unfit
+from cropkt.versions import unfit
 from cropkt_client.enrol import Enrolment, Keys
 from cropkt_client.link import (
     MAX_SKEW,
@@ -210,16 +210,12 @@ def _clock(answer: Answer, at: float) -> Finding:
 
 
 def _versions(hello: Hello) -> Finding:
+    """Tell the versions of both sides, which go together: else they would not have understood."""
     if problem := unfit("flwr"):
         return fail("versions", problem, "Install the release that cropkt asks for")
-    here = version("flwr")
-    if not together(here, hello.flwr):
-        problem = f"Flower is {hello.flwr} at the coordinator and {here} here"
-        return fail("versions", problem, f"Install the same: pip install flwr=={hello.flwr}")
-    both = f"cropkt {hello.cropkt}, protocol {hello.protocol}, Flower {hello.flwr}"
-    return ok(
-        "versions", f"both sides have {both}" if here == hello.flwr else f"{both}, {here} here"
-    )
+    there = f"cropkt {hello.cropkt}, protocol {hello.protocol}, Flower {hello.flwr}"
+    here = f"cropkt {version('cropkt')}, protocol {hello.protocol}, Flower {version('flwr')}"
+    return ok("versions", f"both sides have {there}" if here == there else f"{there}; here {here}")
 
 
 def _list(cancers: Iterable[str]) -> str:
