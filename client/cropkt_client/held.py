@@ -60,9 +60,13 @@ class Held:
 
     @property
     def id(self) -> str:
-        """The name that people type: of these bytes for this recipient and purpose."""
-        what = (self.sha256, self.study, self.recipient, self.question.purpose)
-        return hashlib.sha256("\n".join(what).encode()).hexdigest()[:_SHORT]
+        """The name that people type; short, so that two may come to share one."""
+        return hashlib.sha256("\n".join(self.what).encode()).hexdigest()[:_SHORT]
+
+    @property
+    def what(self) -> tuple[str, str, str, str]:
+        """What a decision is about: these bytes, for this recipient and purpose."""
+        return self.sha256, self.study, self.recipient, self.question.purpose
 
 
 class Shelf:
@@ -74,7 +78,7 @@ class Shelf:
     def put(self, held: Held, answer: Message) -> Held:
         """Keep an answer; what was decided of the same one before stands."""
         before = self._read(self._file(held, "json"))
-        if before is None or before.sha256 != held.sha256:
+        if before is None or before.what != held.what:
             save(answer, self._file(held, "npz"))
         else:
             held = replace(before, question=held.question, checked=held.checked, policy=held.policy)

@@ -52,7 +52,7 @@ from cropkt_client.app import app
 from cropkt_client.budget import COUNT_NAME, NAME, Budget, Payment
 from cropkt_client.enrol import Keys
 from cropkt_client.gate import Gate
-from cropkt_client.held import Shelf
+from cropkt_client.held import Held, Shelf
 from cropkt_client.ledger import Ledger, public_key
 from cropkt_client.policy import SUPPRESSED, WITHHELD, PrivateError, private, rounded
 from cropkt_client.settings import ASKED, AuditLimit, Privacy, ReleasePolicy
@@ -980,6 +980,18 @@ def test_an_approval_is_for_one_recipient_only(
     assert code(careful.again("expert/1")) == "not_held"
     assert code(careful.answers(expert(), EXPERT)) == "awaiting_approval"
     assert [held.decision for held in shelf.all()] == ["approved", "waiting"]
+
+
+def test_an_approval_is_not_taken_over_by_one_of_the_same_short_name(
+    careful: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight characters can be met by trying keys."""
+    monkeypatch.setattr(Held, "id", "0815abcd")
+    careful.answers(expert(), EXPERT)
+    shelf = Shelf(careful.state)
+    shelf.decide(shelf.all()[0], "approved")
+    monkeypatch.setattr(gate, "recipient", lambda _: ("another", "0" * 64))
+    assert code(careful.answers(expert(), EXPERT)) == "awaiting_approval"
 
 
 def test_a_stricter_policy_counts_for_what_is_held(careful: Site) -> None:
