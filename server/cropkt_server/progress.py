@@ -23,7 +23,7 @@ from rich.progress import (
 from cropkt_server.status import read_status
 from cropkt_server.store import STAGES, Task, read_tasks
 
-LOOK = 0.25  # seconds between looks at the table
+LOOK = 1.0  # seconds between looks at the table
 
 
 @contextmanager

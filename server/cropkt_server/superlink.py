@@ -64,6 +64,9 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 # Parses and serialises the bodies of Fleet calls.
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 
+# Where pieces lie until they are fetched, and whether they have come.
+from flwr.supercore.state.schema.objectstore_models import StoredObject
+
 # Message() asks it in whose name it is made; global to the process.
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -81,7 +84,7 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 
 # The Runtime interface as plain functions.
 from flwr.superlink.servicer.runtime import runtime_handlers
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, func, select
 from sqlalchemy.exc import DatabaseError
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -104,6 +107,7 @@ log = logging.getLogger("cropkt.server")
 HEARTBEAT = 5.0  # seconds; Flower gives a run up after 60 without
 CACHE = 4096  # KiB of Flower's database that a connection keeps in memory
 BUSY = 25_000  # milliseconds that it waits to write; a SuperNode waits 30 s for an answer
+SWEEP = 1.0  # seconds between looks for runs that Flower must give up
 RESTARTS = 100  # of a run that Flower gave up, before we do
 LATEST_BEAT = 25.0  # seconds; a SuperNode says every 17.5 to 22.5 that it lives
 
@@ -129,6 +133,9 @@ class SuperLink:
         for database in self._databases():
             event.listen(database, "connect", _moderate)
             database.dispose()  # what is open was opened otherwise
+        # Flower looks before every answer, by two writes that wait for all others.
+        state = cast(Any, self._state)
+        state._cleanup_expired_task_tokens = _every(SWEEP, state._cleanup_expired_task_tokens)
         self._listener: Listener | None = None
         self._closed = threading.Event()
         self._under_way = UnderWay()
@@ -393,7 +400,6 @@ def serving(
             roster=roster,
             revoked=bank.revoked,
             config=config,
-            encoder=bank.encoder,
         )
         try:
             superlink.serve(enrolment, host=listen, port=int(public_port) if port is None else port)
@@ -410,6 +416,22 @@ def _moderate(connection: sqlite3.Connection, record: object) -> None:
     connection.execute(f"PRAGMA cache_size = -{CACHE}")
     connection.execute("PRAGMA mmap_size = 0")
     connection.execute(f"PRAGMA busy_timeout = {BUSY}")
+
+
+def _every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that acts when it is called, but not again before so many seconds."""
+    last, turn = -seconds, threading.Lock()
+
+    def call() -> None:
+        nonlocal last
+        now = time.monotonic()
+        with turn:
+            if now - last < seconds:
+                return
+            last = now
+        act()
+
+    return call
 
 
 class _RunGivenUpError(RuntimeError):
@@ -503,7 +525,10 @@ class _InProcessGrid(HttpGrid):
 
     def _whole(self, pieces: tuple[str, ...]) -> bool:
         """Return whether all pieces of an answer are there."""
-        return all(self._state.object_store.get(piece) for piece in pieces)
+        came = StoredObject.object_id.in_(pieces) & (StoredObject.is_available == 1)
+        with cast(Any, self._state.object_store).session() as session:
+            count = session.scalar(select(func.count()).select_from(StoredObject).where(came))
+        return bool(count == len(set(pieces)))
 
 
 async def _answers_for_itself(request: Request) -> None:
