@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 Pieces = tuple[str, ...]
 
@@ -75,9 +76,10 @@ class UnderWay:
         Args:
             messages: to look at.
             whole: says whether all these pieces of an answer are there.
-            online: says which nodes are online.
+            online: says which nodes are online; asked at most once.
         """
         lost, coming = set[str](), set[str]()
+        nodes = cache(lambda: frozenset(online()))
         for message in messages:
             with self._lock:
                 sent = self._sent.get(message)
@@ -88,5 +90,5 @@ class UnderWay:
             if pieces is None and asked >= 2:
                 lost.add(message)
             elif pieces and not whole(pieces):
-                (coming if asked == 0 and node in online() else lost).add(message)
+                (coming if asked == 0 and node in nodes() else lost).add(message)
         return lost, coming
