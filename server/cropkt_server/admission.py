@@ -43,6 +43,7 @@ FAR = 6.0  # robust standard deviations
 ENOUGH = 5  # experts, below which there is no robust comparison
 CONSTANT = 1e-6  # of the bins: a standard deviation of risks below it is none
 PROBES = 32  # bags
+AT_ONCE = 8  # models that answer the probes together
 LARGEST = 65_504.0  # feature, in float16
 BUCKETS = 256  # of a sketch
 
@@ -184,11 +185,10 @@ class Admission:
         return {"attention": slice(0, split), "head": slice(split, None)}
 
     def _behaviour(self, weights: Weights, sent: int) -> str:
-        for scale in (1.0, LARGEST):
-            if not bool(torch.isfinite(risk(self._answers(weights, scale))).all()):
-                return "it has no finite answer to a probe bag"
-        risks = risk(self._answers(weights[sent : sent + 1], 1.0)[0])
-        if float(risks.std()) < CONSTANT * self.study.shape.bins:
+        usual, extreme = (risk(self._answers(weights, scale)) for scale in (1.0, LARGEST))
+        if not bool(torch.isfinite(usual).all() and torch.isfinite(extreme).all()):
+            return "it has no finite answer to a probe bag"
+        if float(usual[sent].std()) < CONSTANT * self.study.shape.bins:
             return "it gives every probe bag the same risk"
         return ""
 
@@ -209,11 +209,11 @@ class Admission:
         bags = self._probes
         scaled = (bags.patches * scale).clamp(-LARGEST, LARGEST)
         probes = PackedBags(patches=scaled, segment=bags.segment, count=bags.count)
-        rows = [
-            Abmil.from_flat(self.study.shape, torch.tensor(row[None])).outputs(probes).logits
-            for row in weights
-        ]
-        return torch.cat(rows)
+        parts = [weights[i : i + AT_ONCE] for i in range(0, len(weights), AT_ONCE)]
+        shape = self.study.shape
+        return torch.cat(
+            [Abmil.from_flat(shape, torch.tensor(part)).outputs(probes).logits for part in parts]
+        )
 
     def _sketch(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return sums with signs in `BUCKETS` buckets: linear, and of about the same norm."""

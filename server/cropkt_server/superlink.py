@@ -86,6 +86,7 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 from flwr.superlink.servicer.runtime import runtime_handlers
 from sqlalchemy import Engine, event, func, select
 from sqlalchemy.exc import DatabaseError
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
@@ -331,7 +332,7 @@ class SuperLink:
         app.include_router(fleet_router, dependencies=checks)
         return cast(App, app)
 
-    def _begins_anew(self, request: Request) -> None:
+    async def _begins_anew(self, request: Request) -> None:
         """End a site's last session, which may have died without a farewell, if it begins another.
 
         Flower itself refuses the new session for up to a minute, and waits for ever for answers to
@@ -339,8 +340,10 @@ class SuperLink:
         lives is left alone, and Flower refuses the other: two clients have the same key.
         """
         asked = getattr(request.state, "protobuf_request", None)
-        if not isinstance(asked, ActivateNodeRequest):
-            return
+        if isinstance(asked, ActivateNodeRequest):
+            await run_in_threadpool(self._begin_anew, asked)
+
+    def _begin_anew(self, asked: ActivateNodeRequest) -> None:
         node_id = self._state.get_node_id_by_public_key(asked.public_key)
         if node_id is None:
             return
@@ -353,7 +356,7 @@ class SuperLink:
         self._state.delete_messages(lost)
         log.info("node %d begins a new session; %d messages were lost", node_id, len(lost))
 
-    def _note(self, request: Request) -> None:
+    async def _note(self, request: Request) -> None:
         """Note that a node asks for its next message, or begins to answer one."""
         asked = getattr(request.state, "protobuf_request", None)
         if isinstance(asked, PullMessagesRequest):
