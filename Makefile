@@ -20,7 +20,8 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-ray test-federation test-browser test-docs docs fuzz lint types wheel bench clean
+.PHONY: help demo test test-ray test-federation test-browser test-docs docs fuzz nightly lint types \
+	wheel bench clean
 
 help:
 	@echo "make demo             run a small synthetic study; the report lands in demo-out/"
@@ -31,6 +32,7 @@ help:
 	@echo "make test-docs        the longer commands of README and docs, as they are printed there"
 	@echo "make docs             write docs/reference/ anew from the code"
 	@echo "make fuzz             100,000 hostile inputs to the parsers, and again with atheris"
+	@echo "make nightly          all that make test leaves out: fuzz, federation, Ray, docs, browser"
 	@echo "make lint             ruff and import-linter"
 	@echo "make types            mypy"
 	@echo "make wheel            build dist/*.whl and check what is in it"
@@ -64,6 +66,8 @@ fuzz: $(DEV)
 	CROPKT_FUZZ=$(FUZZ) $(BIN)/python -m pytest --timeout 7200 tests/fuzz
 	@$(PIP) -e ".[fuzz]"
 	$(BIN)/python tests/fuzz/guided.py -atheris_runs=$(FUZZ)
+
+nightly: fuzz test-ray test-docs test-browser test-federation
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import typer
 from coordinator import Coordinator, Relay, Timing, load_average, median_p95
-from hospitals import federated, simulated, write_hospital
+from hospitals import ENCODER, federated, simulated, write_hospital
 from light_sites import Traffic, serve
 from rich.console import Console
 from rich.table import Table
@@ -51,14 +51,14 @@ def load(
     """Many light sites with small experts, several a cancer."""
     names = list(Cancer)[:cancers]
     holders = {f"site-{i:03d}": (names[i % cancers],) for i in range(sites)}
-    _show(_light(StudyConfig(shape=SMALL, folds=3), holders), as_json)
+    _show(_light(StudyConfig(encoder=ENCODER, shape=SMALL, folds=3), holders), as_json)
 
 
 @app.command()
 def bank(sites: Annotated[int, typer.Option(min=2, max=26)] = 26, as_json: AsJson = False) -> None:
     """One light site a cancer, with experts of the published widths."""
     holders = {f"site-{cancer}": (cancer,) for cancer in list(Cancer)[:sites]}
-    _show(_light(StudyConfig(), holders), as_json)
+    _show(_light(StudyConfig(encoder=ENCODER), holders), as_json)
 
 
 @app.command()
@@ -71,6 +71,7 @@ def overhead(
     """Three hospitals that train."""
     before, folder = load_average(), Path(tempfile.mkdtemp(prefix="cropkt-bench-"))
     config = StudyConfig(
+        encoder=ENCODER,
         folds=3,
         shape=MIDDLE,
         training=TrainingConfig(minimum_updates=updates),

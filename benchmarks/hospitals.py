@@ -21,6 +21,7 @@ from cropkt_server.settings import Settings, save_settings
 from cropkt_server.store import Store
 from cropkt_sim.engine import simulate
 
+ENCODER = "synthetic"
 CLIENT = [sys.executable, "-c", "from cropkt_client.cli import main; main()"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -47,6 +48,7 @@ def write_hospital(
         "cancers": [str(cancer)],
         "outcomes": "outcomes.csv",
         "pack": "pack",
+        "encoder": ENCODER,
         "release": {"approval": "auto"},
     }
     (folder / "site.yaml").write_text(yaml.safe_dump(settings))

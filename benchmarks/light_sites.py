@@ -212,7 +212,7 @@ def _expert(site: LightSite, request: ExpertRequest) -> ExpertReply:
         patients=PATIENTS,
         events=EVENTS,
         endpoint=study.endpoint,
-        encoder="",
+        encoder=study.encoder,
         shape=study.shape,
         models=models_of(weights, excluded),
         m0=m0_hash(study),

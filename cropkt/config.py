@@ -128,6 +128,7 @@ class StudyConfig:
     """Everything that decides a study's numbers."""
 
     purpose: Purpose = "research"  # a site whose policy does not name it answers nothing
+    encoder: Encoder = ""  # that made the features of all sites; a deployed study has to name it
     endpoint: Endpoint = "DSS"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     folds: Annotated[int, Field(ge=3, le=10)] = 5  # below 3 nothing is left to choose by

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 from pydantic.dataclasses import dataclass
 
 from cropkt.cancers import Cancer
-from cropkt.config import MAX_WEIGHTS, Encoder, StudyConfig
+from cropkt.config import MAX_WEIGHTS, StudyConfig
 from cropkt.config import Arm as Arm
 from cropkt.config import SiteName as SiteName
 from cropkt.errors import MessageError
@@ -170,6 +170,17 @@ class CohortCount:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Fewest:
+    """The smallest set of patients that one model or score of an answer rests on.
+
+    The site's gate judges by it and takes it out: it does not leave.
+    """
+
+    patients: Patients
+    events: Patients
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DescribeRequest(Message):
     """Who are you, and what do you hold?"""
 
@@ -184,7 +195,6 @@ class DescribeReply(Message):
     kind: ClassVar[str] = "query.describe"
     site: SiteName
     cohorts: tuple[CohortCount, ...]
-    encoder: Encoder = ""
     versions: dict[Package, Version] = field(default_factory=dict)
 
 
@@ -225,6 +235,7 @@ class ExpertReply(Message):
     weights: Weights  # (1, parameters), or (F, parameters) where the cancer is shared
     score: Score
     seconds: Seconds
+    fewest: Fewest | None = None
     signed: Signed | None = None  # by the site; without, the coordinator takes no expert
 
 
@@ -251,6 +262,7 @@ class TransferReply(Message):
     scores: tuple[SourceScore, ...]  # one a source
     training_scores: tuple[tuple[Score, ...], ...]  # folds x sources
     seconds: Seconds
+    fewest: Fewest | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -280,6 +292,7 @@ class RouterReply(Message):
     events: Patients | None
     weights: Weights | None  # (1 + folds, parameters) where the cancer is shared; None: stays there
     seconds: Seconds
+    fewest: Fewest | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -303,6 +316,7 @@ class FedAvgReply(Message):
     events: Patients | None
     weights: Weights  # (1 + folds, parameters)
     seconds: Seconds
+    fewest: Fewest | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

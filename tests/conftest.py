@@ -189,7 +189,7 @@ def board_study(tmp_path: Path) -> Path:
             patients=100,
             events=20,
             endpoint=study.endpoint,
-            encoder="",
+            encoder=study.encoder,
             shape=study.shape,
             models=models_of(weights, cross_fitted(study.folds)[:1]),
             m0=m0_hash(study),

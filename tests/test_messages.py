@@ -36,6 +36,7 @@ from cropkt.messages import (
     Failure,
     FedAvgReply,
     FedAvgRequest,
+    Fewest,
     HeldRequest,
     Message,
     ReleaseReply,
@@ -123,6 +124,7 @@ few_shots = st.builds(
     patients=st.integers(1, 10_000_000) | st.none(),
     arms=st.dictionaries(arms, st.lists(probability, **lists).map(tuple), **lists),
 )
+fewest = st.builds(Fewest, patients=st.integers(0, 10_000_000), events=st.integers(0, 9))
 cards = st.builds(Signed, card=st.text(max_size=50), signature=st.from_regex(r"\A[0-9a-f]{128}\Z"))
 
 
@@ -145,7 +147,6 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
             ),
             **lists,
         ).map(tuple),
-        encoder=st.from_regex(r"\A([A-Za-z0-9][A-Za-z0-9._+-]{0,63})?\Z"),
         versions=st.dictionaries(
             st.from_regex(r"\A[a-z][a-z0-9_-]{0,31}\Z"),
             st.from_regex(r"\A[A-Za-z0-9.+_-]{1,64}\Z"),
@@ -169,6 +170,7 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         weights=weights,
         score=scores,
         seconds=seconds,
+        fewest=fewest | st.none(),
         signed=cards | st.none(),
     ),
     TransferRequest: of(
@@ -187,6 +189,7 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         scores=st.lists(source_scores, **lists).map(tuple),
         training_scores=st.lists(st.lists(scores, **lists).map(tuple), **lists).map(tuple),
         seconds=seconds,
+        fewest=fewest | st.none(),
     ),
     RouterRequest: of(
         RouterRequest,
@@ -208,6 +211,7 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         events=counts,
         weights=weights,
         seconds=seconds,
+        fewest=fewest | st.none(),
     ),
     FedAvgRequest: of(
         FedAvgRequest,
@@ -223,6 +227,7 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         events=counts,
         weights=weights,
         seconds=seconds,
+        fewest=fewest | st.none(),
     ),
     ReleaseRequest: of(
         ReleaseRequest,
@@ -304,7 +309,6 @@ def sample(kind: type[Message]) -> Message:
         "cancer": Cancer.UVM,
         "site": "site-1",
         "cohorts": (count,),
-        "encoder": "UNI2-h",
         "versions": {"torch": "2.6"},
         "round": 1,
         "shared": True,
@@ -330,6 +334,7 @@ def sample(kind: type[Message]) -> Message:
         "few_shot": (Shots(patients=20, arms={"auto": (0.6, 0.7)}),),
         "code": "data",
         "reference": "0a1b2c3d",
+        "fewest": Fewest(patients=48, events=12),
     }
     return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
@@ -359,27 +364,32 @@ def test_every_class_is_tested_here() -> None:
 
 ALLOWED: dict[type, set[str]] = {
     DescribeRequest: {"task", "protocol", "study"},
-    DescribeReply: {"task", "protocol", "site", "cohorts", "encoder", "versions"},
+    DescribeReply: {"task", "protocol", "site", "cohorts", "versions"},
     ExpertRequest: {
         *("task", "protocol", "study", "cancer", "round", "shared", "weights", "signed"),
     },
     ExpertReply: {
         *("task", "protocol", "cancer", "patients", "events", "weights", "score", "seconds"),
-        "signed",
+        *("signed", "fewest"),
     },
     TransferRequest: {"task", "protocol", "study", "cancer", "sources", "weights", "signed"},
     TransferReply: {
         *("task", "protocol", "cancer", "patients", "events"),
-        *("scores", "training_scores", "seconds"),
+        *("scores", "training_scores", "seconds", "fewest"),
     },
     RouterRequest: {
         *("task", "protocol", "study", "cancer", "round", "shared", "sources"),
         *("weights", "signed", "own", "own_signed", "routers"),
     },
     Signed: {"card", "signature"},
-    RouterReply: {"task", "protocol", "cancer", "patients", "events", "weights", "seconds"},
+    Fewest: {"patients", "events"},
+    RouterReply: {
+        *("task", "protocol", "cancer", "patients", "events", "weights", "seconds", "fewest"),
+    },
     FedAvgRequest: {"task", "protocol", "study", "cancer", "round", "weights"},
-    FedAvgReply: {"task", "protocol", "cancer", "patients", "events", "weights", "seconds"},
+    FedAvgReply: {
+        *("task", "protocol", "cancer", "patients", "events", "weights", "seconds", "fewest"),
+    },
     ReleaseRequest: {"task", "protocol", "study", "cancer", "routers", "everyone"},
     ReleaseReply: {
         *("task", "protocol", "cancer", "patients", "events", "arms", "routing"),
@@ -401,7 +411,17 @@ ALLOWED: dict[type, set[str]] = {
         *("d_calibration", "log_rank", "cost"),
     },
     StudyConfig: {
-        *("purpose", "endpoint", "seed", "folds", "split", "rounds", "initial_hazard", "source"),
+        *(
+            "purpose",
+            "encoder",
+            "endpoint",
+            "seed",
+            "folds",
+            "split",
+            "rounds",
+            "initial_hazard",
+            "source",
+        ),
         *("max_sources", "arms", "fedavg_rounds", "shots", "draws", "shape", "training", "router"),
     },
     ExpertShape: {"dim", "embed", "attention", "bins"},
@@ -693,11 +713,6 @@ def test_a_key_comes_once_and_values_are_an_object() -> None:
     whole = json.loads(text)
     refused(json.dumps(whole | {"values": list(whole["values"].items())}), packed)
     refused(json.dumps(whole | {"more": 1}), packed)
-
-
-def test_an_encoder_is_a_name() -> None:
-    for wrong in ("/data/slides", "a b", "UNI\n", "x" * 65, "-a"):
-        refused(*edited(sample(DescribeReply), encoder=wrong))
 
 
 # Whatever comes

@@ -342,6 +342,9 @@ def _place(config: Path, site: str, cancers: Sequence[str], device: str) -> Plac
         missing = "--cancer" if site else "--site"
         line = " ".join(["--site", enrolment.site, *(f"--cancer {c}" for c in enrolment.cancers)])
         raise UsageError(missing, "is missing", f"This site joined as: cropkt-client {line}")
+    if not here.encoder:
+        fix = "Write the name of the encoder as agreed in the study"
+        raise ConfigError(config, "encoder: is empty", fix)
     for where, name in ((config, here.site), (state / "enrolment.json", enrolment.site)):
         if name != site:
             raise ConfigError(where, f"its site is {name}, not {site}", f"Give --site {name}")

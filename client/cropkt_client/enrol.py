@@ -118,7 +118,7 @@ slides: [features]
 # ... or one folder packed by cropkt.
 # pack: packed
 
-# The patch encoder, as agreed in the study, for example UNI2-h.
+# FILL IN: the patch encoder, as agreed in the study, for example UNI2-h.
 encoder: ""
 # The magnification of its patches, where the files of the slides do not say it.
 # magnification: 20

@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 import cropkt
 from cropkt.bundle import bundle_hash
 from cropkt.cancers import Cancer
-from cropkt.config import Encoder, StudyConfig
+from cropkt.config import StudyConfig
 from cropkt.errors import CropktError, RefusedError, UnavailableError, VersionMismatchError
 from cropkt.experts.card import PublicKey, Sha256
 from cropkt.invite import Invite
@@ -78,7 +78,6 @@ class Known:
     site: SiteName
     cancers: tuple[Cancer, ...]
     config: StudyConfig | None = None  # what the study will ask
-    encoder: Encoder | None = None  # of the experts so far; None before the first
 
 
 class Answer(NamedTuple):

@@ -23,6 +23,7 @@ from cropkt.messages import (
     Failure,
     FedAvgReply,
     FedAvgRequest,
+    Fewest,
     Message,
     ReleaseReply,
     ReleaseRequest,
@@ -55,7 +56,7 @@ _FAULT = "Either it was made before the site became private, or its task is faul
 # What a private site's answers may say. Whatever else the contract comes to hold stays empty.
 _SAID = frozenset({"task", "protocol", "cancer", "patients", "events"})
 _SAID_BY: Mapping[type[Message], frozenset[str]] = {
-    DescribeReply: frozenset({"site", "cohorts", "encoder", "versions"}),
+    DescribeReply: frozenset({"site", "cohorts", "versions"}),
     ExpertReply: frozenset({"weights", "signed"}),  # which `_check_paid` judges
 }
 
@@ -128,8 +129,8 @@ def within(
 ) -> tuple[Message, str]:
     """Return what of an answer may leave, and in words what was checked.
 
-    Counts come back rounded, or None below the minimum. Scores of a cohort below the minimum are
-    None; its models do not leave.
+    Counts come back rounded, or None below the minimum. Scores of fewer than the minimum are None;
+    models that learnt from fewer do not leave.
 
     Args:
         policy: of the site.
@@ -143,19 +144,19 @@ def within(
         PrivateError: the site is private, and it holds more than such a site gives away.
         AuditRefusedError: membership is told too well from the expert.
         RefusedError: it is larger than the policy allows.
-        SuppressedError: it holds a model of a cohort below the minimum.
+        SuppressedError: it holds a model that learnt from fewer than the minimum.
     """
     answer, checks = _in_form(policy, answer, asked, site)
+    answer, fewest = _apart(answer)
     if paid is not None:
         checks.append(private(answer, paid))
     checks += _models_in(answer, asked)
     checks.append(f"counts rounded to {policy.round_counts_to}")
-    bounds = f"{policy.minimum_patients} patients and {policy.minimum_events} events"
     if isinstance(answer, DescribeReply):
         counts = tuple(
             _rounded(count, policy) for count in answer.cohorts if _allows(policy, count.cancer)
         )
-        checks.append(f"none below {bounds}")
+        checks.append(f"none below {_bounds(policy)}")
         return replace(answer, cohorts=counts), "; ".join(checks)
     if isinstance(answer, ExpertReply):
         card = None if answer.signed is None else read_card(answer.signed.card)
@@ -165,11 +166,8 @@ def within(
         checks += _audited(card, policy)
     elif getattr(answer, "weights", None) is not None:
         checks += _audited(None, policy)  # no card and no audit: not where there is a limit
-    enough = _enough(answer, policy)
-    if isinstance(answer, ExpertReply | RouterReply | FedAvgReply) and not enough:
-        raise SuppressedError(asked.task, f"its cohort has not {bounds}")
-    checks.append(f"at least {bounds}" if enough else f"not {bounds}: scores suppressed")
-    answer = answer if enough else _without_scores(answer)
+    answer, check = _of_enough(policy, answer, fewest)
+    checks.append(check)
     return _rounded(answer, policy), "; ".join(checks)
 
 
@@ -258,6 +256,19 @@ def _in_form(
     return answer, checks
 
 
+def _apart(answer: Any) -> tuple[Any, Fewest | None]:
+    """Return an answer without what only the gate may know, and that.
+
+    Raises:
+        MessageError: a task that trains or scores by folds did not say it.
+    """
+    if not isinstance(answer, ExpertReply | TransferReply | RouterReply | FedAvgReply):
+        return answer, None
+    if answer.fewest is None:
+        raise MessageError(type(answer).__name__, "does not say how few patients it rests on")
+    return replace(answer, fewest=None), answer.fewest
+
+
 def _models_in(answer: Message, asked: Question) -> Iterator[str]:
     """Yield in words which models an answer holds.
 
@@ -333,6 +344,38 @@ def _audited(card: Card | None, policy: ReleasePolicy) -> list[str]:
     return [f"membership audit: AUROC at most {card.audit.high}, allowed {limit}"]
 
 
+def _of_enough(
+    policy: ReleasePolicy, answer: Message, fewest: Fewest | None
+) -> tuple[Message, str]:
+    """Return an answer without the scores that too few stand behind, and in words what was found.
+
+    Args:
+        policy: of the site.
+        answer: about a cohort.
+        fewest: the smallest set of its patients that a model, or a fold's score, rests on.
+
+    Raises:
+        SuppressedError: too few stand behind a model, or behind the training that it reports.
+    """
+    bounds = _bounds(policy)
+    enough = _enough(answer, policy)
+    each = enough and (fewest is None or _enough(fewest, policy))
+    if not enough and isinstance(answer, ExpertReply | RouterReply | FedAvgReply):
+        raise SuppressedError(answer.task, f"its cohort has not {bounds}")
+    if not each and getattr(answer, "weights", None) is not None:
+        raise SuppressedError(answer.task, f"not every model learnt from {bounds}")
+    if not enough:
+        return _without_scores(answer), f"not {bounds}: scores suppressed"
+    if not each and isinstance(answer, TransferReply):
+        text = f"at least {bounds}, but not without a fold: scores of folds suppressed"
+        return _without_fold_scores(answer), text
+    return answer, f"at least {bounds}"
+
+
+def _bounds(policy: ReleasePolicy) -> str:
+    return f"{policy.minimum_patients} patients and {policy.minimum_events} events"
+
+
 def _enough(answer: Any, policy: ReleasePolicy) -> bool:
     """Return whether an answer says that enough patients and events stand behind it."""
     return (
@@ -343,11 +386,15 @@ def _enough(answer: Any, policy: ReleasePolicy) -> bool:
     )
 
 
+def _without_fold_scores(answer: TransferReply) -> TransferReply:
+    rows = tuple(tuple(Score() for _ in row) for row in answer.training_scores)
+    return replace(answer, training_scores=rows)
+
+
 def _without_scores(answer: Message) -> Message:
     if isinstance(answer, TransferReply):
         nothing = tuple(SourceScore() for _ in answer.scores)
-        rows = tuple(tuple(Score() for _ in row) for row in answer.training_scores)
-        return replace(answer, scores=nothing, training_scores=rows)
+        return replace(_without_fold_scores(answer), scores=nothing)
     if isinstance(answer, ReleaseReply):
         return replace(
             answer,

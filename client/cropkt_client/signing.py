@@ -177,6 +177,6 @@ def accept(
     card, trust = verified(signed.card, signed.signature), Trust(site.config, site.state)
     trust.check(card)
     trust.refuse_revoked(name_of(card), signed.hash, *card.parents)
-    check_study(card, study, m0=m0_hash(study), encoder=site.config.encoder)
+    check_study(card, study, m0=m0_hash(study))
     check_models(card, weights, excluded, cancer=cancer)
     trust.pin(card)

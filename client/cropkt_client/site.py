@@ -100,7 +100,9 @@ class Site:
 
         Raises:
             DataError: the table or a slide is not usable, or the cancer is not served.
+            ConfigError: the study reads another encoder's features.
         """
+        self.check_encoder(study)
         if cancer not in self.config.cancers:
             served = ", ".join(self.config.cancers)
             raise CohortError(self.config.site, f"it serves {served}, not {cancer}")
@@ -115,6 +117,19 @@ class Site:
             on_bad=self.config.on_bad,
             check_values=check_values,
         )
+
+    def check_encoder(self, study: StudyConfig) -> None:
+        """Check that this site's features are of the encoder that a study agreed on.
+
+        Raises:
+            ConfigError: `site.yaml` names another.
+        """
+        if self.config.encoder != study.encoder:
+            mine, theirs = (name or "none" for name in (self.config.encoder, study.encoder))
+            fix = "Extract the slides with the study's encoder, and name it in site.yaml"
+            raise ConfigError(
+                "site.yaml: encoder", f"{mine} is named, the study's is {theirs}", fix
+            )
 
     def released(self, cancer: Cancer) -> Path:
         """Return where the released model of a cancer lies, once there is one."""

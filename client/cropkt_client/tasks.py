@@ -9,6 +9,7 @@ import logging
 import platform
 import time
 from collections import Counter
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Literal
 
@@ -32,6 +33,7 @@ from cropkt.messages import (
     ExpertRequest,
     FedAvgReply,
     FedAvgRequest,
+    Fewest,
     ReleaseReply,
     ReleaseRequest,
     RouterReply,
@@ -97,7 +99,6 @@ def describe(request: DescribeRequest, site: Site) -> DescribeReply:
         task=request.task,
         site=site.config.site,
         cohorts=tuple(counts),
-        encoder=site.config.encoder,
         versions={
             "cropkt": cropkt.__version__,
             "torch": version("torch"),
@@ -149,6 +150,7 @@ def fit_expert(request: ExpertRequest, site: Site) -> ExpertReply:
         weights=leaving,
         score=score,
         seconds=time.monotonic() - started if private is None else 0.0,
+        fewest=_fewest(cohort, plan, without=max(len(plan.excluded[i]) for i in sent)),
         signed=sign_expert(
             *(request, site, leaving, [plan.excluded[i] for i in sent]),
             patients=patients,
@@ -165,7 +167,8 @@ def score_sources(request: TransferRequest, site: Site) -> TransferReply:
     started = time.monotonic()
     accept_sources(request, site)
     if site.config.privacy is not None:
-        return withheld(request, _patients(site, request.cancer, request.study)[0])
+        cohort, plan = _patients(site, request.cancer, request.study)
+        return replace(withheld(request, cohort), fewest=_fewest(cohort, plan))
     target = _target(site, request.cancer, request.study)
     shape = request.study.shape
     sources = _experts(site, shape, request.weights, models=len(request.weights))
@@ -181,6 +184,7 @@ def score_sources(request: TransferRequest, site: Site) -> TransferReply:
         scores=tuple(map(_source_score, whole, *leads)),
         training_scores=tuple(tuple(_score(score) for score in row) for row in folds),
         seconds=time.monotonic() - started,
+        fewest=_fewest(target.cohort, target.plan),
     )
 
 
@@ -219,6 +223,7 @@ def fit_router(request: RouterRequest, site: Site) -> RouterReply:
         events=int(target.cohort.event.sum()),
         weights=weights if request.shared and not private else None,  # else nobody averages them
         seconds=0.0 if private else time.monotonic() - started,
+        fewest=_fewest(target.cohort, target.plan),
     )
 
 
@@ -246,6 +251,7 @@ def fit_fedavg(request: FedAvgRequest, site: Site) -> FedAvgReply:
         events=int(cohort.event.sum()),
         weights=flatten(models).cpu().numpy(),
         seconds=time.monotonic() - started,
+        fewest=_fewest(cohort, plan),
     )
 
 
@@ -385,6 +391,12 @@ def _target(
     experts = _experts(site, study.shape, kept["weights"], models=len(plan.excluded))
     standardise_for(experts, cohort, plan, study.training)
     return Target.of(cohort, plan, experts, ask=site.features.ask)
+
+
+def _fewest(cohort: Cohort, plan: Plan, *, without: int = 1) -> Fewest:
+    """Return the smallest set that a model of a plan learnt from which lacks so many folds."""
+    patients, events = plan.fewest(cohort.event, without=without)
+    return Fewest(patients=patients, events=events)
 
 
 def _start(site: Site, study: StudyConfig, weights: Weights | None, *, models: int) -> Abmil:

@@ -199,7 +199,6 @@ _OF_ARM = {
 }
 _WORDS: dict[str, Callable[[Any, Any], Iterable[str]]] = {
     "site": lambda site, _: [f"this site's name ({site}) and versions of its software"],
-    "encoder": lambda encoder, _: [f"the name of its encoder ({encoder or 'none given'})"],
     "cohorts": _cohorts,
     "patients": lambda patients, answer: [_counts(patients, answer.events)],
     "weights": _weights,

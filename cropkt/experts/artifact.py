@@ -99,7 +99,6 @@ def load_artifact(
     *,
     trusted: Callable[[Card], bool],
     study: StudyConfig | None = None,
-    encoder: str = "",
     limit: int = MAX_FILE,
 ) -> Artifact:
     """Return the expert in a file, if all of it is as signed.
@@ -108,7 +107,6 @@ def load_artifact(
         path: of the file.
         trusted: whether the signer that a card names is whom the reader knows under that name.
         study: if given, the study that the expert must have been made for.
-        encoder: the name of the encoder whose features it is to read, in that study.
         limit: bytes that the file may have.
 
     Raises:
@@ -137,7 +135,7 @@ def load_artifact(
         raise NotFiniteError(path, "its weights hold values that are not finite")
     check_models(card, weights, [model.excluded for model in card.models], cancer=card.cancer)
     if study is not None:
-        check_study(card, study, m0=m0_hash(study), encoder=encoder)
+        check_study(card, study, m0=m0_hash(study))
     return Artifact(card=card, weights=weights, signature=str(about["signature"]))
 
 

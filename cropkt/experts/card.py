@@ -204,14 +204,13 @@ def verified(text: str, signature: str) -> Card:
     return card
 
 
-def check_study(card: Card, study: StudyConfig, *, m0: str, encoder: str) -> None:
+def check_study(card: Card, study: StudyConfig, *, m0: str) -> None:
     """Check that an expert was made for a study.
 
     Args:
         card: the expert's.
         study: what was agreed.
         m0: the fingerprint of the study's M0.
-        encoder: the name of the encoder whose features the expert is to read.
 
     Raises:
         BinsMismatchError, TensorShapeError, EncoderMismatchError, StartMismatchError,
@@ -224,9 +223,8 @@ def check_study(card: Card, study: StudyConfig, *, m0: str, encoder: str) -> Non
         raise BinsMismatchError(name, f"it has {theirs}, the study {ours}", fix)
     if card.shape != study.shape:
         raise TensorShapeError(name, "its widths are not the study's shape", fix)
-    if card.encoder != encoder:
-        problem = f"it reads features of {card.encoder!r}, not of {encoder!r}"
-        fix = "Agree on one encoder, and write its name into every site.yaml"
+    if card.encoder != study.encoder:
+        problem = f"it reads features of {card.encoder!r}, not of {study.encoder!r}"
         raise EncoderMismatchError(name, problem, fix)
     if card.m0 != m0:
         problem = "it was not trained from the study's M0"

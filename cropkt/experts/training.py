@@ -59,6 +59,16 @@ class Plan:
         learns = np.stack([~np.isin(self.folds, left_out) for left_out in self.excluded])
         return learns if self.kept is None else learns & self.kept
 
+    def fewest(self, event: NDArray[np.bool_], *, without: int = 1) -> tuple[int, int]:
+        """Return the fewest patients, and the fewest events, that a model may learn from.
+
+        Args:
+            event: (n,) True for a death.
+            without: only models that leave out at most so many folds.
+        """
+        learns = self.learns()[[len(left_out) <= without for left_out in self.excluded]]
+        return int(learns.sum(1).min()), int((learns & event).sum(1).min())
+
 
 def cross_fitted(folds: int) -> tuple[tuple[int, ...], ...]:
     """Return the folds that each of the models of nested cross-fitting leaves out."""

@@ -83,16 +83,6 @@ class Bank:
         with self._lock:
             return self._experts(self._db)
 
-    def first(self) -> Card | None:
-        """Return the card of the first expert that a site gave and that was not revoked."""
-        given = (one.card for one in self.experts() if one.task and one.revoked_at is None)
-        return next(given, None)
-
-    def encoder(self) -> str | None:
-        """Return whose features the experts read; None before the first."""
-        first = self.first()
-        return None if first is None else first.encoder
-
     def revoked(self) -> frozenset[str]:
         """Return the hashes of those that were revoked."""
         with self._lock:

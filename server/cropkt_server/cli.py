@@ -75,6 +75,7 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     study: Annotated[str, typer.Option(help="The study's name.")],
     host: Annotated[str, typer.Option(help="HOST[:PORT] as the hospitals reach this machine.")],
+    encoder: Annotated[str, typer.Option(help="That made all sites' features, as agreed.")] = "",
 ) -> None:
     """Make a study: study.yaml, certificates, keys and databases."""
     from pydantic import TypeAdapter, ValidationError
@@ -91,13 +92,14 @@ def init(
         if not host.rpartition("]")[2].count(":"):
             host = f"{host}:{DEFAULT_PORT}"
         try:
-            settings = TypeAdapter(Settings).validate_python({"name": study, "host": host})
+            settings = TypeAdapter(Settings).validate_python(
+                {"name": study, "host": host, "study": {"encoder": encoder}}
+            )
         except ValidationError as error:
-            option = "--host" if error.errors()[0]["loc"][0] == "host" else "--study"
-            value = host if option == "--host" else study
+            given = {"name": ("--study", study), "host": ("--host", host)}
+            option, value = given.get(str(error.errors()[0]["loc"][0]), ("--encoder", encoder))
             fix = "Write NAME:PORT, or a name of letters, digits, dots and dashes"
             raise UsageError(option, f"{value!r} is not possible", fix) from None
-        text = template(name=settings.name, host=host)
         if (folder / "study.yaml").exists():
             raise ConfigError(folder / "study.yaml", "is already there", "Use another folder")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -105,7 +107,7 @@ def init(
         make_keys(Keys.of(folder), [_hostname(host)], study=settings.name)
         Roster(folder).close()
         Store(folder).close()
-        write_private(folder / "study.yaml", text.encode())
+        write_private(folder / "study.yaml", template(settings).encode())
         typer.echo(f"made study {study} in {folder}: look through {folder / 'study.yaml'}, then")
         typer.echo(f"cropkt-server invite {folder} --site NAME --cancer CODE")
 

@@ -73,7 +73,6 @@ class Enrolment:
     closed: threading.Event = field(default_factory=threading.Event)  # the study is over
     revoked: Callable[[], Iterable[str]] = tuple  # hashes of experts, as of now
     config: StudyConfig | None = None  # what the sites are asked to do
-    encoder: Callable[[], str | None] = lambda: None  # of the experts so far
 
     def invite(self, site: str, cancers: Sequence[Cancer], expires: float) -> Invite:
         """Return a new invite, valid until `expires` (seconds since 1970) for one enrolment."""
@@ -155,7 +154,6 @@ class Enrolment:
             "site": site.name,
             "cancers": list(site.cancers),
             "config": None if self.config is None else asdict(self.config),
-            "encoder": self.encoder(),
         }
 
     def _answer(self, site: EnrolledSite) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from cropkt.cancers import Cancer
 from cropkt.errors import (
     ArtifactError,
     CardError,
-    EncoderMismatchError,
     RevokedExpertError,
     UnknownSignerError,
 )
@@ -121,26 +120,11 @@ class Experts:
         parents = () if request.signed is None else (request.signed.hash,)
         if (card.round, card.parents) != (task.round, parents):
             raise CardError(name, "its card names another round, or other parents")
-        encoder = self._encoder(task)
-        check_study(card, study, m0=m0_hash(study), encoder=encoder)
+        check_study(card, study, m0=m0_hash(study))
         excluded = cross_fitted(study.folds)
         if not request.shared:
             excluded = ((),) if study.source == "all_patients" else ((0,),)
         check_models(card, weights, excluded, cancer=request.cancer)
-
-    def _encoder(self, task: Task) -> str:
-        """Return the encoder that a site described, if it is that of the experts so far.
-
-        Raises:
-            EncoderMismatchError: it is another.
-        """
-        mine = self._findings.descriptions()[task.site].encoder
-        first = self._bank.first()
-        if first is not None and first.encoder != mine:
-            problem = f"it reads features of {mine!r}, and {first.site} of {first.encoder!r}"
-            fix = "Agree on one encoder, and write its name into every site.yaml"
-            raise EncoderMismatchError(task.id, problem, fix)
-        return mine
 
 
 def _joint(cards: Sequence[Card], parents: tuple[str, ...], average: Weights, signer: str) -> Card:

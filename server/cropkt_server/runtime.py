@@ -55,7 +55,7 @@ def start(folder: Path, *, linger: float, board: int | None = None) -> None:
         KeyboardInterrupt: it was interrupted; SystemExit(143) for SIGTERM.
     """
     settings = load_settings(folder)
-    host = deployed_host(settings, folder)
+    host = startable_host(settings, folder)
     with locked(folder), _signals():
         console = Console(highlight=False)
         open_log(folder, console)
@@ -84,6 +84,19 @@ def deployed_host(settings: Settings, folder: Path) -> str:
     if settings.host is None:
         raise ConfigError(path, "host: is missing", "Write host: NAME:PORT")
     return settings.host
+
+
+def startable_host(settings: Settings, folder: Path) -> str:
+    """Return "name:port" of a study that says all it must before it starts.
+
+    Raises:
+        ConfigError: it does not, or these are a simulation's settings.
+    """
+    host = deployed_host(settings, folder)
+    if not settings.study.encoder:
+        fix = "Write the name that every site.yaml has, such as UNI2-h"
+        raise ConfigError(folder / "study.yaml", "study.encoder: is empty", fix)
+    return host
 
 
 def settle_environment(folder: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from cropkt.config import StudyConfig
 from cropkt_server.settings import Settings
 
 _HEAD = """\
@@ -27,6 +26,8 @@ _SAYS = {
     "sites": "Of a simulation only: a deployed study knows its sites from invitations.",
     "study": "Everything that decides the study's numbers.",
     "study.purpose": "What the study is for; a site answers only the purposes in its policy.",
+    "study.encoder": "That made all sites' features, as every site.yaml names it (UNI2-h, say);\n"
+    "no study starts without it.",
     "study.endpoint": "Which outcome: OS, DSS, PFI or DFI.",
     "study.seed": "Of folds and training.",
     "study.folds": "Of the cross-validation, 3 to 10.",
@@ -73,9 +74,8 @@ _SAYS = {
 _OF_OPTIMISERS = ("study.training.", "study.router.")  # both have these settings
 
 
-def template(*, name: str, host: str) -> str:
+def template(settings: Settings) -> str:
     """Return the text of a new `study.yaml`."""
-    settings = Settings(name=name, host=host, study=StudyConfig())
     return f"{_HEAD}\n{chr(10).join(_lines(settings, ''))}\n"
 
 

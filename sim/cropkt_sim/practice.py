@@ -12,6 +12,7 @@ from cropkt.cohort.outcomes import PatientOutcome
 from cropkt.errors import UsageError
 from cropkt_sim.synthetic import DIM, draw_cohort
 
+ENCODER = "synthetic"
 COLUMNS = ("patient_id", "slide_id", "time", "event", "cancer", "site")
 
 
@@ -35,6 +36,7 @@ def write_hospital(folder: Path, cancer: Cancer, *, seed: int) -> Iterator[str]:
     events = sum(row.event for row in patients.rows)
     yield f"{len(patients.rows)} synthetic patients of {cancer}, {events} events, in {folder}"
     yield f"features of width {DIM}: write `dim: {DIM}` into study.yaml"
+    yield f"and as the encoder, there and in site.yaml: {ENCODER}"
 
 
 def table_rows(patient: PatientOutcome) -> Iterator[tuple[object, ...]]:

@@ -37,7 +37,13 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "site.yaml"
     path.write_text(
         yaml.safe_dump(
-            {"site": "lumc", "outcomes": "o.csv", "slides": ["f"], "cancers": ["UVM", "SKCM"]}
+            {
+                "site": "lumc",
+                "outcomes": "o.csv",
+                "slides": ["f"],
+                "encoder": "UNI2-h",
+                "cancers": ["UVM", "SKCM"],
+            }
         )
     )
     return path
@@ -132,6 +138,14 @@ def test_a_command_line_that_does_not_fit_is_one_line(
     got, said = run(*arguments, "--config", config)
     assert got == code
     assert words in one_line(said)
+
+
+def test_a_site_that_names_no_encoder_does_not_serve(config: Path) -> None:
+    enrolled(config, Cancer.UVM, Cancer.SKCM)
+    config.write_text(config.read_text().replace("encoder: UNI2-h", 'encoder: ""'))
+    code, said = run("--site", "lumc", *BOTH, "--config", config)
+    assert code == 78
+    assert "encoder: is empty" in one_line(said)
 
 
 def test_a_cancer_beyond_the_enrolment_is_one_line(config: Path) -> None:

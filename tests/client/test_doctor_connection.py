@@ -54,7 +54,6 @@ class Hub:
         make_keys(self.keys, ["127.0.0.1"], study="eye")
         self._listener: Listener | None = None
         self.port = free_port()
-        self.encoder: str | None = None
 
     def register(self, node_key: str, name: str) -> int:
         return 1 + len(self.roster.sites())
@@ -69,7 +68,6 @@ class Hub:
             keys=self.keys,
             roster=self.roster,
             config=STUDY,
-            encoder=lambda: self.encoder,
         )
 
         async def nothing(scope: Any, receive: Any, send: Any) -> None:
@@ -148,11 +146,10 @@ def test_all_is_well(hub: Hub, config: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_what_the_coordinator_tells_the_site_is_the_study(hub: Hub, config: Path) -> None:
-    hub.encoder = "UNI2-h"
     looked = Connection(read_settings(config), config.parent / "state")
     list(looked.checks())
     assert looked.known is not None
-    assert (looked.known.config, looked.known.encoder) == (STUDY, "UNI2-h")
+    assert looked.known.config == STUDY
     assert looked.known.cancers == (Cancer.UVM,)
 
 

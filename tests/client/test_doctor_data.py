@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from cropkt_client.site import Site, folds_of
 SECRET = "SECRET"  # every id and file name begins with it
 PATIENTS, DIM = 36, 5
 TIMES = re.compile(r"\b9[01]\d{3}\b")  # what the days of every patient look like
-STUDY = StudyConfig(endpoint="OS", folds=3, shape=ExpertShape(dim=DIM))
+STUDY = StudyConfig(encoder="UNI2-h", endpoint="OS", folds=3, shape=ExpertShape(dim=DIM))
 HEADER = "patient_id,slide_id,time,event"
 
 
@@ -52,11 +52,9 @@ class Hospital:
         (self.folder / "outcomes.csv").write_text("\n".join(lines) + "\n")
         self.config.write_text(yaml.safe_dump(self.settings))
 
-    def checked(
-        self, *, study: StudyConfig | None = STUDY, encoder: str | None = "UNI2-h", code: int
-    ) -> dict[str, Finding]:
+    def checked(self, *, study: StudyConfig | None = STUDY, code: int) -> dict[str, Finding]:
         """Return the first finding of each check; all of them show no patient and name a fix."""
-        checks = Cohorts(self.config, study, encoder=encoder, full=True).checks
+        checks = Cohorts(self.config, study, full=True).checks
         kept = list(part("data", checks))
         self.lines, found = "\n".join(finding.line for finding in kept), {}
         for finding in reversed(kept):
@@ -113,30 +111,24 @@ def test_all_is_well(hospital: Hospital) -> None:
 
 
 def test_the_study_is_guessed_from_the_table_where_nobody_told_it(hospital: Hospital) -> None:
-    found = hospital.checked(study=None, encoder=None, code=0)
+    found = hospital.checked(study=None, code=0)
     assert found["study"].word == "skipped"
     assert "judged by OS" in found["study"].found
     assert "features are 5 wide" in found["width"].found
-    assert "no expert names one yet" in found["encoder"].found
+    assert "nobody told the study's yet" in found["encoder"].found
 
 
-def test_another_encoder(hospital: Hospital) -> None:
-    found = hospital.checked(encoder="CONCH", code=1)
-    assert "names UNI2-h, the study's experts read CONCH" in only(found, "encoder", "fail").found
+@pytest.mark.parametrize("theirs", ["CONCH", ""])
+def test_another_encoder(hospital: Hospital, theirs: str) -> None:
+    found = hospital.checked(study=replace(STUDY, encoder=theirs), code=1)
+    finding = only(found, "encoder", "fail")
+    assert f"UNI2-h is named, the study's is {theirs or 'none'}" in finding.found
 
 
 def test_no_encoder(hospital: Hospital) -> None:
     hospital.settings["encoder"] = ""
     hospital.write()
-    assert "site.yaml" in only(hospital.checked(encoder=None, code=0), "encoder", "warn").fix
-
-
-def test_experts_that_name_no_encoder(hospital: Hospital) -> None:
-    found = hospital.checked(encoder="", code=1)
-    assert "names UNI2-h, the study's experts name none" in only(found, "encoder", "fail").found
-    hospital.settings["encoder"] = ""
-    hospital.write()
-    only(hospital.checked(encoder="", code=0), "encoder", "warn")
+    assert "no client starts" in only(hospital.checked(code=1), "encoder", "fail").fix
 
 
 @pytest.mark.parametrize(
@@ -182,7 +174,7 @@ def test_no_slide_can_be_read(hospital: Hospital) -> None:
 
 
 def test_another_width(hospital: Hospital) -> None:
-    found = hospital.checked(study=StudyConfig(endpoint="OS", folds=3), code=1)
+    found = hospital.checked(study=replace(STUDY, shape=ExpertShape()), code=1)
     assert found["width"].found == "features are 5 wide, the study's 1536"
     assert "study's encoder" in found["width"].fix
 
@@ -353,14 +345,14 @@ def test_folds_without_a_comparable_pair(hospital: Hospital) -> None:
     for row in hospital.rows:
         row[3] = str(int(row[0] in (f"{SECRET}-34", f"{SECRET}-35")))
     hospital.write()
-    found = hospital.checked(study=StudyConfig(endpoint="OS", folds=10, shape=STUDY.shape), code=1)
+    found = hospital.checked(study=replace(STUDY, folds=10), code=1)
     assert found["pairs of UVM"].found == "no fold has a comparable pair"
 
 
 def test_too_few_patients_for_the_folds(hospital: Hospital) -> None:
     del hospital.rows[5:]
     hospital.write()
-    found = hospital.checked(study=StudyConfig(endpoint="OS", folds=10, shape=STUDY.shape), code=1)
+    found = hospital.checked(study=replace(STUDY, folds=10), code=1)
     assert "do not fill 10 folds" in found["events of UVM"].found
 
 
@@ -369,6 +361,7 @@ def test_too_few_patients_for_the_folds(hospital: Hospital) -> None:
     [
         (None, "nothing leaves this site", "Decide `release`"),
         ({"minimum_patients": 37}, "patients: fewer than 37, events: 27", "Lower the minima"),
+        ({"minimum_patients": 25}, "not without a fold: no fold's score or model", "Lower the"),
         ({"purposes": ["care"]}, "a study for research is answered nothing", "release.purposes"),
         ({"cancers": []}, "nothing of this cancer leaves", "release.cancers"),
     ],
@@ -416,14 +409,14 @@ def test_only_a_part_is_read_where_time_is_short(
     hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cropkt_client.doctor.reading.BUDGET", -1.0)
-    checks = Cohorts(hospital.config, STUDY, encoder="UNI2-h", full=False).checks
+    checks = Cohorts(hospital.config, STUDY, full=False).checks
     found = {finding.check: finding for finding in checks()}
     assert found["values"].found == "all finite; 0 of 48 slides read (the rest with --full)"
     assert found["size"].word == "skipped"
 
 
 def test_the_cancers_that_can_be_trained_are_known_afterwards(hospital: Hospital) -> None:
-    looked = Cohorts(hospital.config, STUDY, encoder="UNI2-h", full=False)
+    looked = Cohorts(hospital.config, STUDY, full=False)
     list(looked.checks())
     assert looked.usable == {Cancer.UVM: PATIENTS}
 

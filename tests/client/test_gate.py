@@ -34,6 +34,7 @@ from cropkt.messages import (
     Failure,
     FedAvgReply,
     FedAvgRequest,
+    Fewest,
     HeldRequest,
     Message,
     ReleaseReply,
@@ -76,9 +77,12 @@ def weights(models: int = 1) -> Any:
     return np.arange(models * one, dtype=np.float32).reshape(models, one)
 
 
+MANY = Fewest(patients=48, events=22)
+
+
 def expert(patients: int | None = 48, events: int | None = 22, **changes: Any) -> ExpertReply:
     values: dict[str, Any] = {"weights": weights(), "score": Score(c_index=0.6, se=0.1)} | changes
-    values = {"task": "expert/1", "cancer": UVM, "seconds": 1.0, **values}
+    values = {"task": "expert/1", "cancer": UVM, "seconds": 1.0, "fewest": MANY, **values}
     return ExpertReply(patients=patients, events=events, **values)
 
 
@@ -94,7 +98,9 @@ ROUTER = RouterRequest(
 RELEASE = ReleaseRequest(task="evaluate/1", study=STUDY, cancer=UVM)
 
 
-def transfer(patients: int | None, events: int | None) -> TransferReply:
+def transfer(
+    patients: int | None, events: int | None, fewest: Fewest | None = MANY
+) -> TransferReply:
     return TransferReply(
         task="transfer/1",
         cancer=UVM,
@@ -103,11 +109,12 @@ def transfer(patients: int | None, events: int | None) -> TransferReply:
         scores=SCORES,
         training_scores=(FOLD_SCORES,) * 3,
         seconds=1.0,
+        fewest=fewest,
     )
 
 
 def router(patients: int | None = 48, events: int | None = 22, **changes: Any) -> RouterReply:
-    values: dict[str, Any] = {"weights": None, "seconds": 1.0} | changes
+    values: dict[str, Any] = {"weights": None, "seconds": 1.0, "fewest": MANY} | changes
     return RouterReply(task="router/1", cancer=UVM, patients=patients, events=events, **values)
 
 
@@ -482,6 +489,35 @@ def test_a_model_of_too_few_stays(
     assert "its cohort has not 20 patients and 10 events" in caplog.text
 
 
+@pytest.mark.parametrize(("patients", "events"), [(19, 15), (48, 9)])
+def test_a_model_of_too_few_within_a_cohort_of_enough_stays(
+    site: Site, patients: int, events: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    few, sevens = Fewest(patients=patients, events=events), weights(7)
+    shared = replace(EXPERT, shared=True)
+    assert code(site.answers(expert(weights=sevens, fewest=few), shared)) == "suppressed"
+    routers = router(weights=np.ones((4, 18), dtype=np.float32), fewest=few)
+    assert code(site.answers(routers, replace(ROUTER, shared=True))) == "suppressed"
+    assert "not every model learnt from 20 patients and 10 events" in caplog.text
+    assert isinstance(site.answers(router(fewest=few), ROUTER), RouterReply)  # it stays here
+
+
+def test_scores_of_too_few_within_a_cohort_of_enough_are_left_out(site: Site) -> None:
+    answer = site.answers(transfer(24, 12, Fewest(patients=16, events=8)), TRANSFER)
+    assert isinstance(answer, TransferReply)
+    assert (answer.patients, answer.events, answer.scores) == (25, 10, SCORES)
+    assert answer.training_scores == ((Score(),),) * 3
+    assert "scores of folds suppressed" in site.ledger.rows()[-1].checked
+
+
+def test_how_few_stand_behind_an_answer_is_said_and_stays(site: Site) -> None:
+    for answer, request in ((expert(), EXPERT), (transfer(48, 22), TRANSFER), (router(), ROUTER)):
+        said = site.answers(answer, request)
+        assert isinstance(said, ExpertReply | TransferReply | RouterReply)
+        assert said.fewest is None
+        assert code(site.answers(replace(answer, fewest=None), request)) == "internal"
+
+
 def test_scores_of_too_few_are_left_out(site: Site) -> None:
     answer = site.answers(transfer(19, 15), TRANSFER)
     assert isinstance(answer, TransferReply)
@@ -574,7 +610,7 @@ def test_the_fold_models_of_a_shared_cancer_leave(site: Site) -> None:
 def test_routers_leave_where_others_average_them_and_no_audit_is_asked_for(
     site: Site, tmp_path: Path
 ) -> None:
-    assert site.answers(router(), ROUTER) == router(50, 20)
+    assert site.answers(router(), ROUTER) == router(50, 20, fewest=None)
     request, routers = replace(ROUTER, shared=True), np.ones((4, 18), dtype=np.float32)
     assert isinstance(site.answers(router(weights=routers), request), RouterReply)
     strict = Site(tmp_path / "strict", replace(AUTO, audit=AuditLimit()))
@@ -724,7 +760,6 @@ def test_a_private_site_gives_counts_and_a_paid_expert(paid: Site) -> None:
         task="d",
         site="leiden",
         cohorts=(CohortCount(cancer=UVM, patients=48, events=22, dim=4),),
-        encoder="uni",
         versions={"cropkt": "1.0"},
     )
     withheld = replace(
@@ -812,7 +847,7 @@ def test_the_models_of_all_cancers_stay(tmp_path: Path, caplog: pytest.LogCaptur
     site = Site(tmp_path, policy, Privacy(epsilon=8.0))
     request = FedAvgRequest(task="fedavg/1", study=STUDY, cancer=UVM)
     told: dict[str, Any] = {"task": "fedavg/1", "cancer": UVM, "patients": 48, "events": 22}
-    reply = FedAvgReply(weights=weights(4), seconds=0.0, **told)
+    reply = FedAvgReply(weights=weights(4), seconds=0.0, fewest=MANY, **told)
     assert code(site.answers(reply, request)) == "policy"
     assert "the weights of a FedAvgReply would leave a private site" in caplog.text
     site.privacy = None

@@ -50,12 +50,15 @@ def hospital(
     write: Callable[..., Path],
 ) -> Site:
     """Return a hospital to which a study has released a model."""
-    root, study = tmp_path_factory.mktemp("hospitals"), replace(study_of_small, arms=("auto",))
+    root, study = (
+        tmp_path_factory.mktemp("hospitals"),
+        replace(study_of_small, arms=("auto",), encoder="UNI2-h-20x"),
+    )
     sites = {}
     for seed, cancer in enumerate((UVM, KIPAN, SKCM)):
         (root / cancer).mkdir()
         data = {"pack": None, "slides": [TRIDENT]} if cancer == UVM else {}
-        path = write(root / cancer, cancer, seed=seed, encoder="UNI2-h-20x", **data)
+        path = write(root / cancer, cancer, seed=seed, encoder=study.encoder, **data)
         sites[cancer] = Site.load(path)
     unpack(root / UVM)
     replies = {
@@ -293,7 +296,7 @@ def test_what_the_files_agree_on_is_kept(
 ) -> None:
     about = Kept.open(hospital.released(UVM)).about
     assert (about.encoder, about.magnification, about.patch_size) == ("uni_v2", 20, 256)
-    packed = Site.load(write(tmp_path, UVM, seed=0, encoder="UNI2-h", magnification=20))
+    packed = Site.load(write(tmp_path, UVM, seed=0, magnification=20))
     assert packed.facts(packed.cohort(UVM, study_of_small)[0]) == SlideFacts()
 
 

@@ -24,6 +24,7 @@ from cropkt.messages import (
     ExpertReply,
     ExpertRequest,
     Failure,
+    Fewest,
     Message,
     ReleaseRequest,
     RouterReply,
@@ -282,7 +283,7 @@ def test_the_gate_stops_a_task_that_forgets_that_its_site_is_private(
         return reply.code
 
     weights = np.ones((1, 5), dtype=np.float32)
-    about = {"cancer": UVM, "patients": 48, "events": 22}
+    about = {"cancer": UVM, "patients": 48, "events": 22, "fewest": Fewest(patients=32, events=14)}
     scores = TransferReply(
         task="s",
         scores=(SourceScore(c_index=0.7, se=0.1),),

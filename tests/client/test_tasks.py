@@ -11,12 +11,13 @@ import pytest
 
 from cropkt.cancers import Cancer
 from cropkt.config import PUBLISHED, StudyConfig
-from cropkt.errors import MessageError, OtherExpertError
+from cropkt.errors import ConfigError, MessageError, OtherExpertError
 from cropkt.messages import (
     DescribeRequest,
     ExpertReply,
     ExpertRequest,
     FedAvgRequest,
+    Fewest,
     ReleaseReply,
     ReleaseRequest,
     RouterRequest,
@@ -78,6 +79,19 @@ def test_describe_counts_and_checks(make_site: Callable[..., Site], study: Study
     assert reply.versions["cropkt"]
 
 
+@pytest.mark.parametrize("encoder", ["UNI2-h", ""])
+def test_features_of_another_encoder_are_not_used(
+    make_site: Callable[..., Site], study: StudyConfig, encoder: str
+) -> None:
+    site = make_site()
+    site = replace(site, config=replace(site.config, encoder="CONCH"))
+    with pytest.raises(ConfigError, match=f"CONCH is named, the study's is {encoder or 'none'}"):
+        tasks.describe(DescribeRequest(task="d", study=replace(study, encoder=encoder)), site)
+    with pytest.raises(ConfigError, match=r"site\.yaml: encoder"):
+        expert(site, replace(study, encoder=encoder), UVM)
+    assert expert(site, replace(study, encoder="CONCH"), UVM).patients == 48
+
+
 def test_an_expert_learns_and_only_one_leaves(
     make_site: Callable[..., Site], study: StudyConfig
 ) -> None:
@@ -85,6 +99,7 @@ def test_an_expert_learns_and_only_one_leaves(
     assert reply.weights.shape[0] == 1
     assert reply.score.c_index is not None
     assert reply.score.c_index > 0.65
+    assert reply.fewest == Fewest(patients=48, events=reply.events)  # it learnt from all
     again = expert(make_site(SKCM, seed=0), study, SKCM)
     assert reply.weights.shape == again.weights.shape
 
@@ -95,6 +110,9 @@ def test_a_shared_cancer_gives_its_fold_models_too(
     site = make_site()
     reply = expert(site, study, UVM, shared=True)
     assert reply.weights.shape[0] == 1 + 3 + 3
+    assert reply.fewest is not None
+    assert reply.fewest.patients == 16  # without two of three folds
+    assert reply.fewest.events < reply.events / 2
     following = expert(
         site, study, UVM, shared=True, round=1, weights=reply.weights, signed=reply.signed
     )

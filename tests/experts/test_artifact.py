@@ -43,7 +43,7 @@ from cropkt.experts.card import (
 )
 
 SHAPE = ExpertShape(dim=6, embed=8, attention=4)
-STUDY = StudyConfig(shape=SHAPE, folds=3)
+STUDY = StudyConfig(encoder="UNI2-h", shape=SHAPE, folds=3)
 EXCLUDED = ((), (0,), (1,))
 Load = Callable[..., Artifact]
 
@@ -90,7 +90,7 @@ def load(key: Ed25519PrivateKey, path: Path) -> Load:
 
     def read(**options: Any) -> Artifact:
         known = {"eye-clinic": public_text(key)}
-        values = {"study": STUDY, "encoder": "UNI2-h", **options}
+        values = {"study": STUDY, **options}
         return load_artifact(
             path, trusted=lambda card: known.get(str(card.site)) == card.signer, **values
         )
@@ -280,7 +280,7 @@ def test_another_seed_is_another_m0(key: Ed25519PrivateKey, weights: np.ndarray)
     other = replace(STUDY, seed=1)
     assert m0_hash(other) != m0_hash(STUDY)
     with pytest.raises(errors.StartMismatchError):
-        check_study(card_of(key, weights), other, m0=m0_hash(other), encoder="UNI2-h")
+        check_study(card_of(key, weights), other, m0=m0_hash(other))
 
 
 def test_a_file_over_the_limit_is_not_read(path: Path, load: Load) -> None:

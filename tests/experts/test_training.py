@@ -118,6 +118,14 @@ def test_plan_of_nested_cross_fitting() -> None:
     assert plan.model(1, 1) == plan.model(1) == 2
 
 
+def test_the_fewest_that_a_model_learns_from() -> None:
+    plan = Plan.cross_fitted(np.array([0, 1, 2, 0]))
+    died = np.array([True, False, True, True])
+    assert plan.fewest(died, without=0) == (4, 3)
+    assert plan.fewest(died) == (2, 1)  # without fold 0
+    assert plan.fewest(died, without=2) == (1, 0)
+
+
 @given(patients=st.integers(1, 100), batch=st.integers(1, 20), drop_last=st.booleans())
 def test_an_epoch_is_every_patient_once(patients, batch, drop_last) -> None:
     config = OptimiserConfig(batch=batch, drop_last=drop_last)

@@ -38,6 +38,7 @@ COMMANDS = {
 RELAY = runpy.run_path(str(Path(__file__).with_name("relay.py")))
 DIM = 6
 CONFIG = StudyConfig(
+    encoder="UNI2-h",
     folds=3,
     seed=7,
     shape=ExpertShape(dim=DIM, embed=8, attention=4),
@@ -108,6 +109,7 @@ class Federation:
             "cancers": [str(cancer) for cancer in cancers],
             "outcomes": "outcomes.csv",
             "pack": "pack",
+            "encoder": self.config.encoder,
             "release": {"approval": "auto"},
             **settings,
         }

@@ -326,7 +326,7 @@ def _of_link() -> dict[str, Parser]:
         "coordinator_key": "A" * 43 + "=",
         "bundle": bundle_hash(),
     }
-    known = {"site": "a", "cancers": ["UVM"], "config": asdict(STUDY), "encoder": "UNI2-h"}
+    known = {"site": "a", "cancers": ["UVM"], "config": asdict(STUDY)}
     refusal = {"code": "version", "message": "The coordinator runs cropkt 2."}
 
     class Offered(Coordinator):

@@ -108,7 +108,7 @@ def signed(
         "patients": reply.patients,
         "events": reply.events,
         "endpoint": study.endpoint,
-        "encoder": "",
+        "encoder": study.encoder,
         "shape": study.shape,
         "models": models_of(reply.weights, cross_fitted(study.folds)[: len(reply.weights)]),
         "m0": m0_hash(study),
@@ -131,8 +131,7 @@ def all_signed(monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(reply, ExpertReply) and reply.signed is None:
             request = self.request(task)
             if isinstance(request, ExpertRequest):
-                encoder = self.descriptions()[task.site].encoder
-                reply = signed(task, reply, request, key=key_of(task.site), encoder=encoder)
+                reply = signed(task, reply, request, key=key_of(task.site))
         record(self, task, reply)
 
     monkeypatch.setattr(Study, "record", sign_and_record)

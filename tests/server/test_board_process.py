@@ -44,6 +44,7 @@ def folder(tmp_path: Path) -> Path:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     arguments = ["init", str(tmp_path / "study"), "--study", "eye", "--host", f"127.0.0.1:{port}"]
+    arguments += ["--encoder", "UNI2-h"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     return tmp_path / "study"
 

@@ -38,7 +38,8 @@ def run(*arguments: str | Path, code: int = 0) -> Result:
 def folder(tmp_path: Path) -> Path:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    run("init", tmp_path / "study", "--study", "eye", "--host", f"127.0.0.1:{port}")
+    host = f"127.0.0.1:{port}"
+    run("init", tmp_path / "study", "--study", "eye", "--host", host, "--encoder", "UNI2-h")
     return tmp_path / "study"
 
 
@@ -61,9 +62,10 @@ def test_init_makes_a_study_for_its_owner_alone(folder: Path) -> None:
 
 
 def test_init_documents_every_setting() -> None:
-    text = template(name="eye", host="hub.example.org:8443")
+    settings = Settings(name="eye", host="hub.example.org:8443")
+    text = template(settings)
     read = TypeAdapter(Settings).validate_python(yaml.safe_load(text))
-    assert read == Settings(name="eye", host="hub.example.org:8443")
+    assert read == settings
     lines = text.splitlines()
 
     def check(settings: Any) -> None:
@@ -136,6 +138,15 @@ def test_no_study_is_said_and_nothing_is_made(tmp_path: Path, arguments: list[st
     result = run(*arguments, tmp_path, code=78)
     assert "study.yaml: no such file. Make one with cropkt-server init." in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_no_study_starts_before_its_encoder_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    run("init", folder, "--study", "eye", "--host", "127.0.0.1")
+    said = run("start", folder, code=78).stderr
+    assert "study.yaml: study.encoder: is empty" in said
+    assert "study.encoder: is empty" in run("doctor", folder, code=1).stdout
+    run("invite", folder, "--site", "a", "--cancer", "UVM")  # inviting need not wait for it
 
 
 def test_a_simulations_settings_are_not_started(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from cropkt_server.store import Store, Task
 from cropkt_server.study import Study
 
 TASK = Task(kind="fit_expert", site="lumc", cancer=Cancer.UVM)
-STUDY = StudyConfig(folds=3, shape=ExpertShape(dim=6, embed=8, attention=4))
+STUDY = StudyConfig(encoder="UNI2-h", folds=3, shape=ExpertShape(dim=6, embed=8, attention=4))
 
 Found = dict[str, dict[str, str]]
 

@@ -217,23 +217,6 @@ def test_in_a_simulation_the_first_key_that_a_site_shows_counts(
     assert "not signed with the key of b" in refused(key=Ed25519PrivateKey.generate())
 
 
-def test_two_encoders_do_not_go_together(
-    driver: Driver, sites: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answer = sites.answer
-
-    def described(task: Task, request: Message) -> Message:
-        reply = answer(task, request)
-        other = task.kind == "describe" and task.site == "d"
-        return replace(reply, encoder="another") if other else reply
-
-    monkeypatch.setattr(sites, "answer", described)
-    driver.run()
-    (failed,) = driver.study.failures()
-    assert failed.id == "fit_expert/d/UVM/0"
-    assert "it reads features of 'another', and c of ''" in failed.cause
-
-
 def test_a_reply_with_another_number_of_scores_fails_its_row(driver: Driver) -> None:
     driver.run(until=lambda task: task.kind == "score_sources")
     task = next(task for task in driver.study.due() if task.site == "b")

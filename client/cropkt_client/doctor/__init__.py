@@ -57,7 +57,7 @@ def examine(
     fewest = minima(settings).minimum_patients
     compute = Compute(config, connection.state, device, fewest=fewest)
     yield from part("compute", compute.checks)
-    data = Cohorts(config, study, encoder=known.encoder if known else None, full=full)
+    data = Cohorts(config, study, full=full)
     yield from part("data", data.checks)
     if splits:
         yield from part("data", lambda: [other_splits(splits)])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from cropkt.cancers import Cancer
-from cropkt.checkup import Finding, fail, ok, skipped, warn
+from cropkt.checkup import Finding, fail, failed, ok, skipped, warn
 from cropkt.cohort.bags import UNNAMED, Cohort, load_cohort
 from cropkt.cohort.checks import slides_by_name
 from cropkt.cohort.forms import form_of
@@ -22,7 +22,7 @@ from cropkt.cohort.pack import Pack
 from cropkt.cohort.source import SlideSource
 from cropkt.cohort.tables import read_table
 from cropkt.config import Endpoint, StudyConfig
-from cropkt.errors import DataError, OutcomeTableError
+from cropkt.errors import ConfigError, DataError, OutcomeTableError
 from cropkt_client.doctor.folds import (
     at_least,
     events_and_pairs,
@@ -45,17 +45,14 @@ class Cohorts:
     Args:
         config: its `site.yaml`.
         study: what the study asks; None: nobody said so yet.
-        encoder: of the study's experts, where it has one.
         full: read every slide, however long that takes.
     """
 
-    def __init__(
-        self, config: Path, study: StudyConfig | None, *, encoder: str | None, full: bool
-    ) -> None:
+    def __init__(self, config: Path, study: StudyConfig | None, *, full: bool) -> None:
         self.usable: dict[Cancer, int] = {}
-        self._site = Site.load(config)
-        self.study, self._known = study or StudyConfig(), study is not None
-        self._encoder, self._full = encoder, full
+        self._site, self._full = Site.load(config), full
+        self._known = study is not None
+        self.study = study or StudyConfig(encoder=self._site.config.encoder)
 
     def checks(self) -> Iterator[Finding]:
         """Yield a finding a check."""
@@ -157,16 +154,16 @@ class Cohorts:
 
     def _agreed_encoder(self) -> Finding:
         mine = self._site.config.encoder
-        if self._encoder is not None and self._encoder != mine:
-            theirs = f"read {self._encoder}" if self._encoder else "name none"
-            problem = f"site.yaml names {mine or 'none'}, the study's experts {theirs}"
-            fix = "Extract the slides with the study's encoder, and name it in site.yaml"
-            return fail("encoder", problem, fix)
         if not mine:
-            fix = "Write the agreed encoder's name into site.yaml: sites are compared by it"
-            return warn("encoder", "site.yaml names none", fix)
-        agreed = "as the study's experts" if self._encoder else "no expert names one yet"
-        return ok("encoder", f"{mine}; {agreed}")
+            fix = "Write the agreed encoder's name into site.yaml: without it no client starts"
+            return fail("encoder", "site.yaml names none", fix)
+        if not self._known:
+            return ok("encoder", f"{mine}; nobody told the study's yet")
+        try:
+            self._site.check_encoder(self.study)
+        except ConfigError as error:
+            return failed("encoder", error)
+        return ok("encoder", f"{mine}, as the study's")
 
     def _width(self, source: SlideSource) -> Finding:
         """Compare the first slide that can be read with the study; each is looked at later."""

@@ -15,6 +15,7 @@ from cropkt.cohort.outcomes import counted
 from cropkt.cohort.splits import comparable_pairs, read_splits
 from cropkt.config import StudyConfig
 from cropkt.errors import CohortError
+from cropkt.experts.training import Plan
 from cropkt_client.settings import ReleasePolicy, SiteConfig
 from cropkt_client.site import folds_of
 
@@ -125,5 +126,12 @@ def may_leave(cohort: Cohort, study: StudyConfig, config: SiteConfig) -> Finding
             f"{policy.minimum_patients} and {policy.minimum_events}"
         )
         return warn(check, problem, "Lower the minima in site.yaml, if that is allowed")
+    try:
+        patients, events = Plan.one_a_fold(folds_of(cohort, study)).fewest(cohort.event)
+    except CohortError as error:
+        return fail(check, error.problem, error.fix)
+    if patients < policy.minimum_patients or events < policy.minimum_events:
+        problem = "enough patients and events, but not without a fold: no fold's score or model"
+        return warn(check, f"{problem} leaves", "Lower the minima in site.yaml, if that is allowed")
     waits = "after approval here" if policy.approval == "human" else "by itself"
     return ok(check, f"enough patients and events; what the policy allows leaves {waits}")

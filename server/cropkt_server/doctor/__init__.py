@@ -13,7 +13,7 @@ from cropkt.checkup import Finding, failed, ok, part, skipped
 from cropkt.errors import CropktError
 from cropkt_server.doctor.machine import check_machine
 from cropkt_server.doctor.records import check_records
-from cropkt_server.runtime import deployed_host
+from cropkt_server.runtime import startable_host
 from cropkt_server.settings import load_settings
 
 
@@ -21,7 +21,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     """Yield what the check-up of one study folder finds, a finding a check."""
     try:
         settings = load_settings(folder)
-        host = deployed_host(settings, folder)
+        host = startable_host(settings, folder)
     except CropktError as error:
         yield replace(failed("study.yaml", error), part="settings")
         for name in ("machine", "records"):
