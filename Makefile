@@ -75,7 +75,7 @@ lint: $(DEV)
 	$(BIN)/lint-imports --no-cache
 
 types: $(DEV)
-	$(BIN)/mypy $(CODE)
+	$(BIN)/mypy $(CODE) benchmarks
 
 wheel: $(DEV)
 	rm -rf dist

@@ -8,6 +8,8 @@ Shapes: N patches of one bag, D features, E embedding, A attention, T bins, X ex
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cropkt.cohort.bags import Cohort
-from cropkt.config import ExpertShape, RouterConfig, StudyConfig, TrainingConfig
+from cropkt.config import ExpertShape, OptimiserConfig, RouterConfig, StudyConfig, TrainingConfig
 from cropkt.experts.abmil import Abmil
 from cropkt.experts.training import batches, cosine_with_warmup, epochs, updates_per_epoch
 from cropkt.survival.likelihood import discrete_nll, risk
@@ -39,8 +41,7 @@ class Expert(nn.Module):
         one = cls(experts.shape)
         with torch.no_grad():
             for name, layer in one.named_children():
-                layer.weight.copy_(getattr(experts, name)[model].view_as(layer.weight))
-                layer.bias.copy_(getattr(experts, f"{name}_bias")[model].view_as(layer.bias))
+                _copy(layer, getattr(experts, name)[model], getattr(experts, f"{name}_bias")[model])
         return one
 
     def slide_feature(self, bag: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -72,8 +73,8 @@ class Router(nn.Module):
         with torch.no_grad():
             for name, layer in self.expert.named_children():
                 if name != "head":
-                    layer.weight.copy_(getattr(routers, name)[model].view_as(layer.weight))
-                    layer.bias.copy_(getattr(routers, f"{name}_bias")[model].view_as(layer.bias))
+                    bias = getattr(routers, f"{name}_bias")[model]
+                    _copy(layer, getattr(routers, name)[model], bias)
         del self.expert.head
         self.gate = nn.Parameter(routers.gate[model].detach().clone())  # (X, E)
         self.prior = routers.prior[model].clone()
@@ -81,10 +82,8 @@ class Router(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(embed, shape.bins) for _ in range(experts))
         with torch.no_grad():
             for x in range(experts):
-                self.adapters[x].weight.copy_(routers.adapter[model, x])
-                self.adapters[x].bias.copy_(routers.adapter_bias[model, x])
-                self.heads[x].weight.copy_(routers.head[model, x])
-                self.heads[x].bias.copy_(routers.head_bias[model, x])
+                _copy(self.adapters[x], routers.adapter[model, x], routers.adapter_bias[model, x])
+                _copy(self.heads[x], routers.head[model, x], routers.head_bias[model, x])
 
     def forward(
         self, bag: Tensor, features: Tensor, config: RouterConfig, dropout: float = 0.0
@@ -122,7 +121,7 @@ def train_expert(
         for i in mine:
             logits = expert(cohort.bag(i), config.dropout)[None]
             loss = discrete_nll(logits, bins[[i]], event[[i]], alpha=config.alpha, loss=config.loss)
-            (loss.sum() / len(mine)).backward()
+            torch.autograd.backward(loss.sum() / len(mine))
         optimizer.step()
     return expert
 
@@ -168,7 +167,7 @@ def train_router(
             gates.append(gate)
         if mine:
             balance = balance_loss(torch.stack(gates), over="batch")
-            (torch.stack(losses).mean() + config.balance_weight * balance).backward()
+            torch.autograd.backward(torch.stack(losses).mean() + config.balance_weight * balance)
         optimizer.step()
     return router
 
@@ -189,7 +188,16 @@ def clipped_sum(
     return summed
 
 
-def _updates(patients, config, seed, optimizer):  # type: ignore[no-untyped-def]
+def _copy(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Give a linear layer these numbers."""
+    assert isinstance(layer, nn.Linear)
+    layer.weight.copy_(weight.view_as(layer.weight))
+    layer.bias.copy_(bias)
+
+
+def _updates(
+    patients: int, config: OptimiserConfig, seed: int, optimizer: torch.optim.Optimizer
+) -> Iterator[NDArray[np.int64]]:
     """Yield the patients of each update, the learning rate being set for it."""
     rng, each = np.random.default_rng(seed), updates_per_epoch(patients, config)
     total, at = epochs(patients, config) * each, 0

@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,7 +103,7 @@ def _bare(timing: Timing) -> float:
     return sum(max(timing.seconds[task] for task in tasks) for tasks in timing.by_kind().values())
 
 
-def _light(config: StudyConfig, holders: dict[str, tuple[Cancer, ...]]) -> dict[str, Any]:
+def _light(config: StudyConfig, holders: Mapping[str, Sequence[Cancer]]) -> dict[str, Any]:
     """Run a study with light sites; return what it cost."""
     before, folder = load_average(), Path(tempfile.mkdtemp(prefix="cropkt-bench-"))
     coordinator = Coordinator(folder / "study", config, min_sites=len(holders))

@@ -29,7 +29,7 @@ from cropkt.experts.training import Plan, train_experts
 from cropkt.survival.metrics import Pairs, concordance_of
 from cropkt.transfer.target import Target
 from cropkt_client.site import Site
-from cropkt_sim.presets import study_for
+from cropkt_sim.presets import Data, study_for
 from cropkt_sim.sites import prepare
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def compiled(repeats: int, patches: int) -> None:
 
 def c_indices(options: argparse.Namespace) -> None:
     """Print the C-index of both precisions, cancer by cancer."""
-    data = "clinical" if options.outcomes else "synthetic"
+    data: Data = "clinical" if options.outcomes else "synthetic"
     cancers = tuple(map(Cancer, options.cancers.split(",")))
     print(f"\n| {data} | float32 | bfloat16 | difference |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -36,7 +36,7 @@ from cropkt.experts.private import schedule, train_private
 from cropkt.experts.training import Plan, train_experts
 from cropkt.survival.metrics import out_of_fold
 from cropkt.transfer.router_training import RouterStack
-from cropkt.transfer.scores import zero_shot
+from cropkt.transfer.scores import held_out, zero_shot
 from cropkt.transfer.target import Target
 from cropkt_client.settings import Privacy
 from cropkt_client.site import Site
@@ -44,7 +44,7 @@ from cropkt_sim.presets import study_for
 from cropkt_sim.sites import prepare
 
 EPSILONS = (1.0, 3.0, 8.0, 16.0, None)
-CANCERS = {"clinical": "KIPAN,LUNG,HNSC", "synthetic": "LUNG,HNSC,SKCM"}
+CANCERS = {"clinical": "KIPAN,LUNG,HNSC,UVM", "synthetic": "LUNG,HNSC,SKCM,UVM"}
 ARMS = ("local", "zero-shot", "routed")
 DELTA = 1e-5
 
@@ -118,7 +118,7 @@ class Bench:
             else:
                 bank[cancer] = flatten(self._private(target.cohort, epsilon))[0]
                 local[cancer] = self._held_out(target, epsilon)
-        found = {}
+        found: dict[tuple[Cancer, str], float] = {}
         for cancer, target in self.targets.items():
             others = torch.stack([bank[c] for c in self.targets if c != cancer])
             sources = Abmil.from_flat(self.study.shape, others).requires_grad_(False)
@@ -126,7 +126,8 @@ class Bench:
             stack = RouterStack(target, sources, opinions, self.study)
             stack.train()
             vote = zero_shot(target.pairs, target.folds, [o.risk for o in opinions[1:]])
-            risks = dict(zip(ARMS, (local[cancer], vote.risk, stack.predict()[0]), strict=True))
+            shot, (routed, _) = held_out(vote.answers, target.folds), stack.predict()
+            risks = dict(zip(ARMS, (local[cancer], shot, routed), strict=True))
             cohort = target.cohort
             arms = out_of_fold(cohort.days, cohort.event, target.folds, risks, seed=0)
             found |= {(cancer, arm): arms[arm].c_index or np.nan for arm in ARMS}
@@ -166,8 +167,8 @@ def main() -> None:
                 here = bench.c_indices(epsilon)
                 for (cancer, arm), c_index in here.items():
                     found[epsilon, cancer, arm].append(c_index)
-                cells = [[c for (_, of), c in here.items() if of == arm] for arm in ARMS]
-                print(f"seed {seed}, {_name(epsilon)}: {_cell(cells, mean=True)}", flush=True)
+                of_arms = [[c for (_, of), c in here.items() if of == arm] for arm in ARMS]
+                print(f"seed {seed}, {_name(epsilon)}: {_cell(of_arms, mean=True)}", flush=True)
             for what, values in bench.seconds.items():
                 seconds[what] += values
             for cancer, target in bench.targets.items():

@@ -54,8 +54,11 @@ def stages(options: argparse.Namespace, folder: Path, shape: ExpertShape) -> Ite
     )
     patches = options.patients * options.patches
     folds = np.arange(options.patients) % FOLDS
-    once = {"epochs": 1, "warmup_epochs": 0}
-    study = StudyConfig(shape=shape, training=TrainingConfig(**once), router=RouterConfig(**once))
+    study = StudyConfig(
+        shape=shape,
+        training=TrainingConfig(epochs=1, warmup_epochs=0),
+        router=RouterConfig(epochs=1, warmup_epochs=0),
+    )
 
     def fresh(models: int) -> Abmil:
         return Abmil.initial(shape, seed=0, hazard=0.06, models=models)

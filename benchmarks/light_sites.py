@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Message as FlowerMessage
@@ -150,7 +151,7 @@ def _serve(
         traffic.errors.append(f"{site.name}: {type(error).__name__}: {error}"[:300])
 
 
-def _do_one(site: LightSite, connection: tuple, traffic: Traffic) -> bool:
+def _do_one(site: LightSite, connection: Any, traffic: Traffic) -> bool:
     """Answer one message, if there is one, in the steps of a SuperNode and its executor."""
     _, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
     received = receive()
@@ -163,7 +164,7 @@ def _do_one(site: LightSite, connection: tuple, traffic: Traffic) -> bool:
         [node.object_id for node in iterate_object_tree(tree)], partial(pull_object, run_id)
     )
     confirm(run_id, message_id)
-    asked = inflate_object_from_contents(message_id, contents)
+    asked: Any = inflate_object_from_contents(message_id, contents)
     asked.metadata.__dict__["_message_id"] = message_id
     request = from_record(asked.content, expected=REQUESTS)
     reply = answer(site, request)
@@ -277,7 +278,7 @@ def _release(site: LightSite, request: ReleaseRequest) -> ReleaseReply:
     )
 
 
-_ANSWERS: dict[type[Message], Callable[[LightSite, object], Message]] = {
+_ANSWERS: dict[type[Message], Callable[[LightSite, Any], Message]] = {
     DescribeRequest: _describe,
     ExpertRequest: _expert,
     TransferRequest: _transfer,
