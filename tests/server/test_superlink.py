@@ -724,7 +724,9 @@ def test_goes_on_when_flower_gives_the_run_up(coordinator: Coordinator) -> None:
             with closing(sqlite3.connect(coordinator.folder / "flower.sqlite")) as database:
                 database.execute("UPDATE task SET active_until = '2000-01-01 00:00:00.000000'")
                 database.commit()
-        grid.get_node_ids()
+            for _ in range(100):  # Flower looks once a second
+                grid.get_node_ids()
+                time.sleep(0.1)
 
     coordinator.superlink.run_server_app(main, {})
     assert len(set(entered)) == 2
