@@ -126,8 +126,8 @@ class Bench:
             stack = RouterStack(target, sources, opinions, self.study)
             stack.train()
             vote = zero_shot(target.pairs, target.folds, [o.risk for o in opinions[1:]])
-            shot, (routed, _) = held_out(vote.answers, target.folds), stack.predict()
-            risks = dict(zip(ARMS, (local[cancer], shot, routed), strict=True))
+            shot, (survival, _) = held_out(vote.answers, target.folds), stack.predict()
+            risks = dict(zip(ARMS, (local[cancer], shot, -survival.sum(1)), strict=True))
             cohort = target.cohort
             arms = out_of_fold(cohort.days, cohort.event, target.folds, risks, seed=0)
             found |= {(cancer, arm): arms[arm].c_index or np.nan for arm in ARMS}
