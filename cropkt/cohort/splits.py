@@ -5,15 +5,20 @@ Fold arrays are (n,) int64, the fold in which each patient is in the test set.
 
 from __future__ import annotations
 
-import csv
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cropkt.errors import CohortError
+from cropkt.cohort.tables import TextTable, read_table
+from cropkt.errors import CohortError, OutcomeTableError
+
+_ROLES = ("train", "test", "val")
+_PATIENT = "case_id"
 
 
 def comparable_pairs(days: ArrayLike, event: ArrayLike) -> int:
@@ -102,66 +107,111 @@ def hospital_folds(
     return fold_of[which]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fold:
+    path: Path
+    column: str  # "" where the file is one fold
+    train: frozenset[str]
+    test: frozenset[str]
+
+
 def read_splits(paths: Sequence[Path], patient_ids: Sequence[str]) -> NDArray[np.int64]:
     """Return the fold of each patient from published split files.
 
-    A file has patient ids in columns whose names contain train, test or val. The fold of a
-    patient is the place in `paths` of the file in whose test column the patient stands. Ids of
-    patients that are not in `patient_ids` are checked and otherwise ignored.
+    A file is one fold, with patient ids in columns whose names contain train, test or val; or it
+    is Patho-Bench's `k=all.tsv`: a row a slide, with `case_id`, and train, test or val in `fold_0`,
+    `fold_1` and so on. Ids of patients that are not in `patient_ids` are checked and otherwise
+    ignored.
 
     Args:
-        paths: `splits_0.csv`, `splits_1.csv` and so on, in the order of the folds.
+        paths: `splits_0.csv`, `splits_1.csv` and so on, in the order of the folds, or `k=all.tsv`.
         patient_ids: n patients.
 
     Raises:
-        CohortError: a patient in train and test of one file, in the test columns of two files
-            or of none; a file without train and test columns.
+        CohortError: a patient in train and test of one fold, in the test sets of two folds or of
+            none; a file in neither form.
     """
+    folds = [fold for path in paths for fold in _folds_in(path)]
     tested: dict[str, int] = {}
-    for fold, path in enumerate(paths):
-        columns = _split_columns(path)
-        if both := len(columns["train"] & columns["test"]):
+    for number, fold in enumerate(folds):
+        here = f" in {fold.column}" if fold.column else ""
+        if both := len(fold.train & fold.test):
             raise CohortError(
-                path,
-                f"{both} patients stand in both the train and the test column",
+                fold.path,
+                f"{both} patients are both trained on and tested{here}",
                 "Results on such a split are not results: correct the file",
             )
-        if twice := Counter(tested[p] for p in columns["test"] if p in tested):
+        if twice := Counter(tested[patient] for patient in fold.test if patient in tested):
             first, count = twice.most_common(1)[0]
+            other = folds[first]
+            there = other.column if other.path == fold.path and here else str(other.path)
             raise CohortError(
-                path,
-                f"{count} patients stand in its test column and in that of {paths[first]}",
+                fold.path,
+                f"{count} patients are tested{here or ' here'} and in {there}",
                 "A patient is tested once: correct the files, or give each file once",
             )
-        tested |= dict.fromkeys(columns["test"], fold)
+        tested |= dict.fromkeys(fold.test, number)
     if untested := sum(patient not in tested for patient in patient_ids):
         raise CohortError(
             ", ".join(str(path) for path in paths) or "splits",
-            f"{untested} of {len(patient_ids)} patients stand in no test column",
+            f"{untested} of {len(patient_ids)} patients are tested in no fold",
             "Give the files of all folds; ids must be written as in the outcome table",
         )
     return np.array([tested[patient] for patient in patient_ids], dtype=np.int64)
 
 
-def _split_columns(path: Path) -> dict[str, set[str]]:
-    """Return the ids in the train, test and val columns of one file."""
-    ids: dict[str, set[str]] = {"train": set(), "test": set(), "val": set()}
+def _folds_in(path: Path) -> list[_Fold]:
+    """Return the folds of one file. A file without header holds patients in it: it is not shown."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CohortError(path, "cannot be read as CSV", "Give a splits_<fold>.csv") from error
-    roles = [[role for role in ids if role in name.lower()] for name in header]
-    if any(len(role) > 1 for role in roles):
+        table = read_table(path)
+    except OutcomeTableError as error:
+        raise CohortError(
+            path,
+            "cannot be read as a table of splits",
+            "Give splits_<fold>.csv or k=all.tsv, with a header and rows of its length",
+        ) from error
+    columns = [name for name in table.columns if re.fullmatch(r"fold_\d+", name)]
+    if not columns:
+        return [_one_fold(path, table)]
+    columns.sort(key=lambda name: int(name.removeprefix("fold_")))
+    return [_fold_of_column(path, table, column) for column in columns]
+
+
+def _one_fold(path: Path, table: TextTable) -> _Fold:
+    """Read ids in columns named after a role."""
+    roles = {name: [role for role in _ROLES if role in name] for name in table.columns}
+    if any(len(role) > 1 for role in roles.values()):
         raise CohortError(path, "a column is named after two roles", "Rename it")
-    if not {"train", "test"} <= {name for role in roles for name in role}:
-        problem = "it has no columns train and test"  # without a header, a row is not repeated
-        raise CohortError(path, problem, "Name the columns train, val and test")
-    for row in rows:
-        for role, cell in zip(roles, row, strict=False):
-            if role and cell.strip():
-                ids[role[0]].add(cell.strip())
-    return ids
+    if not {"train", "test"} <= {name for role in roles.values() for name in role}:
+        raise CohortError(
+            path,
+            "it has no columns train and test, nor fold_0",
+            "Name the columns train, val and test, or case_id, fold_0, fold_1 and so on",
+        )
+
+    def ids(wanted: str) -> frozenset[str]:
+        columns = [name for name, role in roles.items() if wanted in role]
+        return frozenset(cells[name] for _, cells in table.rows for name in columns) - {""}
+
+    return _Fold(path=path, column="", train=ids("train"), test=ids("test"))
+
+
+def _fold_of_column(path: Path, table: TextTable, column: str) -> _Fold:
+    """Read the roles in one column of Patho-Bench's table."""
+    if _PATIENT not in table.columns:
+        raise CohortError(path, f"it has {column}, but no {_PATIENT}", "Add the patients' ids")
+    ids: dict[str, set[str]] = {role: set() for role in _ROLES}
+    for number, cells in table.rows:
+        patient, role = cells[_PATIENT], cells[column]
+        if not patient:
+            raise CohortError(path, f"row {number}: no {_PATIENT}", "Fill it in")
+        if role not in ids:
+            problem = f"row {number}: `{column}` is not train, val or test"
+            raise CohortError(path, problem, "Correct or remove the row")
+        ids[role].add(patient)
+    return _Fold(
+        path=path, column=column, train=frozenset(ids["train"]), test=frozenset(ids["test"])
+    )
 
 
 def _check_folds(available: int, folds: int, what: str) -> None:

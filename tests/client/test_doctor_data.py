@@ -425,8 +425,8 @@ def test_the_cancers_that_can_be_trained_are_known_afterwards(hospital: Hospital
     ("files", "word", "says"),
     [
         ((("a,b", "c"), ("b,c", "a")), "ok", "2 files: nobody is trained on and tested in one"),
-        ((("a,b", "c"), ("a,c", "a")), "fail", "file 2: 1 patients stand in both"),
-        ((("a,b", "c"), ("a,b", "c")), "fail", "in the test columns of two files"),
+        ((("a,b", "c"), ("a,c", "a")), "fail", "file 2: 1 patients are both trained on and tested"),
+        ((("a,b", "c"), ("a,b", "c")), "fail", "a patient is tested in two files"),
     ],
 )
 def test_splits_of_other_work_are_looked_through(
@@ -440,6 +440,21 @@ def test_splits_of_other_work_are_looked_through(
     assert finding.word == word
     assert says in finding.line
     assert SECRET not in finding.line
-    paths[0].write_text(f"{SECRET},{SECRET}\n")
-    assert SECRET not in other_splits(paths).line
-    assert "file 1: it has no columns train and test" in other_splits(paths).line
+    for headless in (f"{SECRET},{SECRET}\n", f"{SECRET},{SECRET}b\n{SECRET},{SECRET}c\n"):
+        paths[0].write_text(headless)
+        finding = other_splits(paths)
+        assert SECRET not in finding.line
+        assert finding.word == "fail"
+        assert finding.found.startswith("file 1: ")
+
+
+def test_the_splits_of_patho_bench_are_looked_through(tmp_path: Path) -> None:
+    path = tmp_path / f"{SECRET}.tsv"
+    rows = [f"{SECRET}{i}\t{'train' if i else 'test'}\ttest" for i in range(2)]
+    path.write_text("\n".join(["case_id\tfold_0\tfold_1", *rows]))
+    finding = other_splits([path])
+    assert finding.word == "fail"
+    assert "file 1: 1 patients are tested in fold_1 and in fold_0" in finding.line
+    assert SECRET not in finding.line
+    path.write_text(path.read_text().replace("test\ttest", "test\ttrain"))
+    assert "1 file: nobody is trained on and tested" in other_splits([path]).line

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cropkt.cancers import Cancer
+from cropkt.cohort.outcomes import read_outcomes
 from cropkt.cohort.splits import comparable_pairs, hospital_folds, read_splits, stratified_folds
 from cropkt.errors import CohortError
 
@@ -123,16 +125,17 @@ def test_reads_published_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (("train,test\na,b\nb,c\n",), "1 patients stand in both the train and the test column"),
+        (("train,test\na,b\nb,c\n",), "1 patients are both trained on and tested"),
         (
             ("train,test\nb,a\n", "train,test\nc,b\nd,a\n"),
-            r"splits_1.csv: 1 patients stand in its test column and in that of .*splits_0.csv",
+            r"splits_1.csv: 1 patients are tested here and in .*splits_0.csv",
         ),
-        (("train,test\na,b\n",), "1 of 2 patients stand in no test column"),
+        (("train,test\na,b\n",), "1 of 2 patients are tested in no fold"),
         (("train,val\na,b\n",), "it has no columns train and test"),
         (("train,test,train_or_test\na,b,c\n",), "a column is named after two roles"),
-        (("",), "it has no columns train and test"),
-        ((), "2 of 2 patients stand in no test column"),
+        (("",), "cannot be read as a table of splits"),
+        (("a,b\n",), "cannot be read as a table of splits"),
+        ((), "2 of 2 patients are tested in no fold"),
     ],
 )
 def test_contradicting_splits(tmp_path: Path, files: tuple[str, ...], says: str) -> None:
@@ -141,5 +144,63 @@ def test_contradicting_splits(tmp_path: Path, files: tuple[str, ...], says: str)
 
 
 def test_absent_split_file(tmp_path: Path) -> None:
-    with pytest.raises(CohortError, match="cannot be read as CSV"):
+    with pytest.raises(CohortError, match="cannot be read as a table of splits"):
         read_splits([tmp_path / "splits_0.csv"], ["a"])
+
+
+ALL = "case_id\tslide_id\tOS\tOS_event\tOS_days\tfold_0\tfold_10\tfold_2\n"
+
+
+def patho_bench(folder: Path, *rows: str, header: str = ALL) -> Path:
+    path = folder / "k=all.tsv"
+    path.write_text(header + "".join(f"{row}\n".replace(" ", "\t") for row in rows))
+    return path
+
+
+def test_reads_the_splits_and_outcomes_of_patho_bench(tmp_path: Path) -> None:
+    path = patho_bench(
+        tmp_path,
+        "a a1 0 1 90.0 train train test",
+        "a a2 0 1 90.0 train train test",
+        "b b1 1 0 800.0 test val train",
+        "c c1 1 1 400.0 val test train",
+    )
+    read = read_outcomes(path, endpoint="OS", cancers=[Cancer.UVM])
+    assert [(r.patient_id, r.days, r.event, r.slides) for r in read.rows] == [
+        ("a", 90, True, ("a1", "a2")),
+        ("b", 800, False, ("b1",)),
+        ("c", 400, True, ("c1",)),
+    ]
+    assert read_splits([path], [r.patient_id for r in read.rows]).tolist() == [1, 0, 2]
+
+
+def test_folds_are_counted_on_from_file_to_file(tmp_path: Path) -> None:
+    (one,) = write(tmp_path, "train,test\na,b\n")
+    path = patho_bench(tmp_path, "a a1 0 1 9 train train test", "b b1 0 1 9 train train train")
+    assert read_splits([one, path], ["a", "b"]).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            ["a a1 0 1 9 train train test", "a a2 0 1 9 train train train"],
+            "k=all.tsv: 1 patients are both trained on and tested in fold_2",
+        ),
+        (["a a1 0 1 9 test test train"], "1 patients are tested in fold_10 and in fold_0"),
+        (["a a1 0 1 9 train val train"], "1 of 1 patients are tested in no fold"),
+        (["a a1 0 1 9 test train Test"], "row 2: `fold_2` is not train, val or test"),
+        (["a a1 0 1 9 test train "], "row 2: `fold_2` is not train, val or test"),
+        ([" a1 0 1 9 test train train"], "row 2: no case_id"),
+        (["a a1 0 1 9 test train"], "cannot be read as a table of splits"),
+    ],
+)
+def test_contradicting_splits_of_patho_bench(tmp_path: Path, rows: list[str], says: str) -> None:
+    with pytest.raises(CohortError, match=says):
+        read_splits([patho_bench(tmp_path, *rows)], ["a"])
+
+
+def test_folds_without_patients(tmp_path: Path) -> None:
+    path = patho_bench(tmp_path, "a1 test", header="slide_id\tfold_0\n")
+    with pytest.raises(CohortError, match="it has fold_0, but no case_id"):
+        read_splits([path], ["a"])

@@ -102,10 +102,10 @@ def other_splits(paths: Sequence[Path]) -> Finding:
     try:
         read_splits(paths, ())
     except CohortError:
-        problem = "a patient stands in the test columns of two files"
+        problem = "a patient is tested in two files"
         return fail(check, problem, "A patient is tested once: correct the files")
     files = counted(len(paths), "file")
-    return ok(check, f"{files}: nobody is trained on and tested in one, or tested in two")
+    return ok(check, f"{files}: nobody is trained on and tested in one fold, or tested in two")
 
 
 def may_leave(cohort: Cohort, study: StudyConfig, config: SiteConfig) -> Finding:
