@@ -5,13 +5,15 @@ The words behind a block's language are its label; renderers show none of it:
     ```console run               every command is run, and its output compared
     ```sh slow                   the same, by `make test-docs` alone
     ```sh run code=3             the last command ends with this code
+    ```sh run until=token        each stays: it is interrupted once it has printed this word
+    ```sh run given=hospital     before it, the test lays down what GIVEN says
     ```console shown=root        never run, for one of the reasons in SHOWN
     ```text                      no commands
 
 Blocks of one page are run one after another in one shell, in an empty folder. In a `console` block
 a line that begins with `$ ` is a command, and lines until the next one are its output: numbers in
 it may differ, a line `...` stands for any lines, and a block without output compares nothing. A
-command may go on over lines that end with a backslash.
+command may go on over lines that end with a backslash. In a `sh` block every line is a command.
 """
 
 from __future__ import annotations
@@ -27,9 +29,13 @@ SHOWN = {
     "engine": "needs a container engine",
     "network": "needs a machine beyond this one, or downloads",
     "gpu": "needs a GPU",
-    "data": "needs data that does not come with cropkt",
-    "install": "installs cropkt: `make` and CI do that",
-    "gone": "a transcript: what was typed and printed once, with its times",
+}
+GIVEN = {
+    "study": "a study that nobody has enrolled in, `study`",
+    "hospital": "an enrolled hospital with practice data, `site.yaml`, whose coordinator runs",
+    "released": "a hospital to which a study released a model, with new slides and an expert",
+    "published": "published checkpoints for features of width 24",
+    "tcga_cdr": "a small table in the form of TCGA-CDR, `tcga_cdr.csv`",
 }
 PROGRAMS = ("console", "sh", "bash", "shell", "python")  # languages whose blocks need a label
 PLAIN = ("text", "yaml", "mermaid", "ini", "toml", "csv", "json", "dockerfile")
@@ -61,6 +67,8 @@ class Block:
     reason: str  # of `shown`: a key of SHOWN
     code: int
     text: str
+    given: str = ""  # a key of GIVEN
+    until: str = ""  # what a command that stays prints
 
     @property
     def where(self) -> str:
@@ -69,13 +77,13 @@ class Block:
 
     def steps(self) -> list[Step]:
         """Return the commands of a block."""
-        if self.language != "console":
+        if self.language == "python":
             return [Step(command=self.text, output=None, code=self.code)]
         found: list[tuple[list[str], list[str]]] = []
-        lines = iter(self.text.splitlines())
+        lines, prompt = iter(self.text.splitlines()), "$ " if self.language == "console" else ""
         for line in lines:
-            if line.startswith("$ "):
-                command = [line[2:]]
+            if line.startswith(prompt):
+                command = [line.removeprefix(prompt)]
                 while command[-1].endswith("\\"):
                     command.append(next(lines))
                 found.append((command, []))
@@ -89,7 +97,7 @@ class Block:
             Step(
                 command="\n".join(command),
                 output="\n".join(output) if compared else None,
-                code=self.code if i == last else 0,
+                code=self.code if i == last or self.until else 0,
             )
             for i, (command, output) in enumerate(found)
         ]
@@ -132,11 +140,22 @@ def _block(page: str, line: int, info: str, text: str) -> Block | None:
         raise LabelError(f"{where}: name the block's language, {kind!r} is not known")
     options = dict(word.partition("=")[::2] for word in words)
     code = int(options.pop("code", "0"))
+    given, until = options.pop("given", ""), options.pop("until", "")
     if len(options) != 1:
         raise LabelError(f"{where}: label the block run, slow or shown=REASON")
     ((label, reason),) = options.items()
     if label not in ("run", "slow", "shown") or (label == "shown") != (reason in SHOWN):
         raise LabelError(f"{where}: {label}={reason} is no label; see cropkt_docs/blocks.py")
+    if given and given not in GIVEN:
+        raise LabelError(f"{where}: nobody knows how to give {given}")
     return Block(
-        page=page, line=line, language=kind, label=label, reason=reason, code=code, text=text
+        page=page,
+        line=line,
+        language=kind,
+        label=label,
+        reason=reason,
+        code=code,
+        text=text,
+        given=given,
+        until=until,
     )

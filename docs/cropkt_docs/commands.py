@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import click
@@ -39,6 +42,26 @@ def all_commands() -> Iterator[tuple[str, Any]]:
     """Yield every command of the three programs."""
     for name, app in _APPS.items():
         yield from walk(name, get_command(app))
+
+
+def refuse_unknown(line: str) -> None:
+    """Let the programs read a line of shell that names one of them, and run nothing.
+
+    Raises:
+        click.UsageError: there is no such command or option, or a value is none of its kind.
+    """
+    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words = list(takewhile(lambda word: not set(word) <= set("|&;<>()"), lexer))
+    begins = [at for at, word in enumerate(words) if Path(word).name in _APPS]
+    if not begins or begins[0] == len(words) - 1:
+        return  # without words it may be a unit of systemd or an image
+    name, *rest = words[begins[0] :]
+    command: Any = get_command(_APPS[Path(name).name])
+    context = click.Context(command, info_name=name)
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+        _, command, rest = command.resolve_command(context, rest)
+    command.make_context(name, rest)
 
 
 def page() -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -53,9 +55,26 @@ class Shell:
         """Return what a command printed, and its exit code."""
         return "".join(self.lines(command)), self.code
 
+    def interrupt(self, command: str, said: str) -> tuple[str, int]:
+        """Interrupt a command that stays once it has printed `said`; return the same.
+
+        The code is 1 if it ended without having said it.
+        """
+        found = f"grep -qFe {shlex.quote(said)} $said"
+        return self.run(
+            f"""said=$(mktemp); set -m; {bare(command)} > $said 2>&1 &
+            until {found} || ! kill -0 $! 2> /dev/null; do sleep 0.1; done
+            kill -INT $! 2> /dev/null; wait $!; set +m -- $?; cat $said; {found} && (exit $1)"""
+        )
+
     def close(self) -> None:
         """End the shell and whatever it left running."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         self._process.kill()
         self._process.communicate()  # closes the pipes
+
+
+def bare(command: str) -> str:
+    """Return a command without its remark."""
+    return re.split(r"\s#", command)[0]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cropkt_docs.blocks import ROOT, blocks
-from cropkt_docs.shell import Shell
+from cropkt_docs.shell import Shell, bare
 
 PAGE = ROOT / "docs" / "transcripts" / "first-hour.md"
 HOME = "/home/you/cropkt"  # stands for the folder of the clone
@@ -40,17 +40,11 @@ class Line:
 def commands() -> list[str]:
     """Return what the README has its reader type, from the demo to the last of two hospitals."""
     return [
-        command
+        step.command if block.language == "console" else bare(step.command).rstrip()
         for block in blocks(ROOT / "README.md")
-        if block.label == "slow"
+        if block.label == "slow" and not block.given
         for step in block.steps()
-        for command in _typed(step.command, script=block.language != "console")
     ]
-
-
-def _typed(command: str, *, script: bool) -> Iterator[str]:
-    """Yield the commands of a step: a script has one a line, and remarks."""
-    yield from (line.partition("  # ")[0] for line in command.splitlines()) if script else [command]
 
 
 def record(folder: Path) -> Iterator[Line]:

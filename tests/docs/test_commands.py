@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
+import click
 import pytest
 
 from cropkt_docs import transcript
 from cropkt_docs.blocks import ROOT, SHOWN, Block, LabelError, Step, blocks, pages
+from cropkt_docs.commands import refuse_unknown
 from cropkt_docs.shell import Shell
 
 BLOCKS = [block for page in pages() for block in blocks(page)]
@@ -22,21 +23,11 @@ IN_SOURCE = ("README.md", "CONTRIBUTING.md")  # pages to be followed in the sour
 
 
 def by_page(*, slow: bool) -> list[tuple[str, list[Block]]]:
-    """Return the blocks to run of every page that has some, slow ones among them or none."""
-    chosen = [block for block in BLOCKS if block.label != "shown"]
+    """Return the blocks to run of every page that has some: the quick alone, or with the slow."""
+    labels = ("run", "slow") if slow else ("run",)
+    chosen = [block for block in BLOCKS if block.label in labels]
     found = [(page, list(mine)) for page, mine in groupby(chosen, key=lambda block: block.page)]
-    return [
-        (page, mine) for page, mine in found if any(one.label == "slow" for one in mine) == slow
-    ]
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
-    (home := tmp_path / "home").mkdir()
-    place = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    one = Shell(tmp_path, PATH=place, HOME=str(home), COLUMNS="120")
-    yield one
-    one.close()
+    return [(page, mine) for page, mine in found if labels[-1] in {one.label for one in mine}]
 
 
 def plain(text: str) -> list[str]:
@@ -53,9 +44,10 @@ def agrees(told: str, printed: str) -> bool:
     return re.fullmatch(pattern, "".join(f"{line}\n" for line in plain(printed))) is not None
 
 
-def follow(shell: Shell, mine: Sequence[Block]) -> None:
+def follow(shell: Shell, mine: Sequence[Block], give: Callable[[str], None]) -> None:
     """Do what a page says."""
     for block in mine:
+        give(block.given)
         for step in block.steps():
             _follow(shell, block, step)
 
@@ -64,7 +56,8 @@ def _follow(shell: Shell, block: Block, step: Step) -> None:
     command = step.command
     if block.language == "python":
         command = f"python - <<'PYTHON'\n{command}\nPYTHON"
-    printed, code = shell.run(command)
+    stays = block.until
+    printed, code = shell.interrupt(command, stays) if stays else shell.run(command)
     said = f"{block.where}: $ {step.command}\n{printed}"
     assert code == step.code, said
     if step.output is not None:
@@ -77,19 +70,21 @@ def name(value: object) -> str:
 
 
 @pytest.mark.parametrize(("page", "mine"), by_page(slow=False), ids=name)
-def test_the_commands_of_a_page(page: str, mine: list[Block], shell: Shell) -> None:
-    follow(shell, mine)
+def test_the_commands_of_a_page(
+    page: str, mine: list[Block], shell: Shell, give: Callable[[str], None]
+) -> None:
+    follow(shell, mine, give)
 
 
 @pytest.mark.docs
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("page", "mine"), by_page(slow=True), ids=name)
 def test_the_longer_commands_of_a_page(
-    page: str, mine: list[Block], shell: Shell, tmp_path: Path
+    page: str, mine: list[Block], shell: Shell, tmp_path: Path, give: Callable[[str], None]
 ) -> None:
     if page in IN_SOURCE:
         shell.run(f"cd {source_tree(tmp_path)}")
-    follow(shell, mine)
+    follow(shell, mine, give)
 
 
 def source_tree(folder: Path) -> Path:
@@ -132,6 +127,7 @@ def test_what_is_not_run_says_why() -> None:
         ("```sh shown\nls\n```\n", "is no label"),
         ("```sh shown=lazy\nls\n```\n", "is no label"),
         ("```sh run=root\nls\n```\n", "is no label"),
+        ("```sh run given=luck\nls\n```\n", "nobody knows how to give luck"),
         ("```sh run\nls\n", "never ends"),
         ("```console run\nprinted\n$ ls\n```\n", "output before"),
     ],
@@ -160,15 +156,83 @@ def test_numbers_may_differ_and_words_may_not(told: str, printed: str, same: boo
     assert agrees(told, printed) is same
 
 
-def test_a_failing_or_lying_command_is_found(shell: Shell, tmp_path: Path) -> None:
-    def block(text: str, language: str = "console", code: int = 0) -> list[Block]:
-        return [
-            Block(page="p", line=1, language=language, label="run", reason="", code=code, text=text)
-        ]
+def block(text: str, language: str = "console", *, code: int = 0, until: str = "") -> Block:
+    """Return a block that is run."""
+    return Block(
+        page="p",
+        line=1,
+        language=language,
+        label="run",
+        reason="",
+        code=code,
+        text=text,
+        until=until,
+    )
 
-    follow(shell, block("$ echo one; \\\n  echo two\none\ntwo\n$ export X=4"))
-    follow(shell, block("test $X = 4; (exit 3)", "sh", code=3))
-    follow(shell, block("assert 1 + 1 == 2", "python"))
-    for wrong in (block("$ false"), block("$ echo one\ntwo"), block("1 / 0", "python")):
-        with pytest.raises(AssertionError, match="p:1"):
-            follow(shell, wrong)
+
+STAYS = "python -uc 'print(1); import time; time.sleep(60)'  # until Ctrl-C"
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        block("$ echo one; \\\n  echo two\none\ntwo\n$ X=4\n$ test $X = 4"),
+        block("X=4\ntest $X = \\\n  4\n(exit 3)", "sh", code=3),
+        block("assert 1 + 1 == 2", "python"),
+        block(f"{STAYS}\n{STAYS}", "sh", until="1", code=130),
+    ],
+)
+def test_a_command_that_does_as_told_passes(right: Block, shell: Shell) -> None:
+    follow(shell, [right], lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        block("$ false"),
+        block("$ echo one\ntwo"),
+        block("1 / 0", "python"),
+        block("false\ntrue", "sh"),
+        block("echo 1", "sh", until="1", code=130),
+        block("true", "sh", until="1"),
+    ],
+)
+def test_a_failing_or_lying_command_is_found(wrong: Block, shell: Shell) -> None:
+    with pytest.raises(AssertionError, match="p:1"):
+        follow(shell, [wrong], lambda _: None)
+
+
+@pytest.mark.parametrize("mine", [b for b in BLOCKS if b.label == "shown"], ids=lambda b: b.where)
+def test_the_commands_that_are_only_shown_exist(mine: Block) -> None:
+    for step in mine.steps():
+        refuse_unknown(step.command)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("cropkt-server frobnicate study", "No such command 'frobnicate'"),
+        ("sudo -u cropkt /opt/bin/cropkt-client release lost", "No such command 'lost'"),
+        ("cropkt-client doctor --quick", "No such option '--quick'"),
+        ("cropkt-client --site leiden --cancer", "requires an argument"),
+        ("podman run it cropkt-server start \\\n  --linger long", "'long' is not a valid float"),
+        ("cropkt-server stop study twice  # both", "unexpected extra argument (twice)"),
+        ("cropkt-client enrol", "Missing argument"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(command: str, says: str) -> None:
+    with pytest.raises(click.UsageError) as caught:
+        refuse_unknown(command)
+    assert says in caught.value.format_message()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "systemctl enable --now cropkt-client",
+        "cropkt-server start study --board > said.txt",
+        "cropkt-client release list --config site.yaml | grep fit",
+    ],
+)
+def test_a_command_that_exists_passes(command: str) -> None:
+    refuse_unknown(command)
