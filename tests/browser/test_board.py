@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cropkt_server import lock
+from cropkt_server.board.app import ACTIONS
+from cropkt_server.catalogue import read_experts
 from cropkt_server.roster import Roster
 from cropkt_server.settings import Settings, save_settings
 from cropkt_server.status import read_status
@@ -25,6 +29,7 @@ pytestmark = pytest.mark.browser
 SOON = 15_000  # milliseconds, several polls
 DESKTOP = {"width": 1440, "height": 900}
 PHONE = {"width": 390, "height": 844}
+ODD = "<script>alert(1)</script>"  # a site's name
 SMALLEST = 24  # CSS pixels of a target, WCAG 2.2
 
 
@@ -61,7 +66,7 @@ def test_the_token_leaves_the_address(page: Page) -> None:
 
 
 def test_a_site_named_script_is_text(page: Page) -> None:
-    row = page.get_by_role("rowheader", name="<script>alert(1)</script>", exact=False).first
+    row = page.get_by_role("rowheader", name=ODD, exact=False).first
     assert row.is_visible()
     assert page.locator("script").count() == 2  # htmx and ours
 
@@ -102,32 +107,85 @@ def test_a_focused_button_stays_focused_while_its_row_changes(
     assert focused(page) == name
 
 
-def test_a_site_is_revoked_by_keyboard_alone_after_a_question(
-    page: Page, board_study: Path
+@dataclass(frozen=True)
+class Asked:
+    """A button of the board, the question that it asks, and what it does."""
+
+    button: str  # selector
+    title: str
+    says: str  # once it is done
+    changes: dict[str, Any]  # of `told`
+    paused: bool = False
+
+
+BUTTONS = {
+    "pause": Asked("#pause", "Pause the study?", "paused", {"study": "paused"}),
+    "resume": Asked("#resume", "Resume the study?", "resumed", {"study": "stopped"}, paused=True),
+    "retry": Asked(
+        "#tasks button", "Retry this task?", f"again: describe/{ODD}", {"failed": set()}
+    ),
+    "revoke-site": Asked(
+        "#sites tr:has-text('amc') button",
+        "Revoke the site amc?",
+        "amc is cut off",
+        {"amc": "revoked"},
+    ),
+    "revoke-expert": Asked(
+        "#experts li:has-text('of amc') button",
+        "Revoke the expert SKCM of amc?",
+        "SKCM of amc",
+        {"revoked": {"amc"}},
+    ),
+}
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """Return what the buttons may change: the study, its failed rows, sites and experts."""
+    status = read_status(folder)
+    return {
+        "study": status.state,
+        "failed": set(status.failed),
+        "revoked": {expert.site for expert in read_experts(folder) if expert.revoked},
+        **{site.site: site.state for site in status.sites},
+    }
+
+
+@pytest.mark.parametrize("asked", BUTTONS.values(), ids=BUTTONS)
+def test_every_button_asks_first_and_obeys_the_keyboard_alone(
+    asked: Asked, board_study: Path, serve: Callable[..., Any], visit: Callable[..., Page]
 ) -> None:
-    button = page.locator("#sites tr", has_text="amc").get_by_role("button")
-    name = str(button.get_attribute("id"))
+    with closing(Store(board_study)) as store:
+        store.pause(asked.paused)
+    before, page = told(board_study), visit(serve(board_study).url)
+    name = str(page.locator(asked.button).get_attribute("id"))
     press_until(page, "Tab", name)
-    page.keyboard.press("Enter")
     dialog = page.get_by_role("dialog")
-    dialog.wait_for()
-    assert dialog.get_by_role("heading").inner_text() == "Revoke the site amc?"
-    assert page.evaluate("document.activeElement.textContent") == "Cancel"
-    page.keyboard.press("Escape")
-    dialog.wait_for(state="hidden")
-    assert focused(page) == name
-    assert {s.site: s.state for s in read_status(board_study).sites}["amc"] == "enrolled"
+    for cancel in ("Enter", "Escape"):
+        page.keyboard.press("Enter")
+        dialog.wait_for()
+        assert dialog.get_by_role("heading").inner_text() == asked.title
+        assert page.evaluate("document.activeElement.textContent") == "Cancel"
+        page.keyboard.press(cancel)
+        dialog.wait_for(state="hidden")
+        assert focused(page) == name
+        assert told(board_study) == before
     page.keyboard.press("Enter")
     dialog.wait_for()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    dialog.get_by_text("amc is cut off", exact=True).wait_for()
+    dialog.get_by_role("heading", name="Done", exact=True).wait_for()
+    assert asked.says in dialog.inner_text()
     assert page.evaluate("document.activeElement.textContent") == "Close"
+    assert told(board_study) == before | asked.changes
     page.keyboard.press("Enter")
     dialog.wait_for(state="hidden")
-    state = page.locator("#sites tr", has_text="amc").get_by_text("revoked", exact=True)
-    state.wait_for(timeout=SOON)
-    assert {s.site: s.state for s in read_status(board_study).sites}["amc"] == "revoked"
+    page.locator(f"#{name}").wait_for(state="detached", timeout=SOON)
+
+
+def test_no_button_is_left_out(page: Page) -> None:
+    asked = page.evaluate("[...document.querySelectorAll('button[hx-get]')].map(b => b.outerHTML)")
+    kinds = {re.search(r"/ask/([a-z-]+)", html)[1] for html in asked}  # type: ignore[index]
+    assert kinds | {"resume"} == set(ACTIONS) == set(BUTTONS)
 
 
 def test_pause_and_retry(page: Page, board_study: Path) -> None:
