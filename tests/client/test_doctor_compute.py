@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ import torch
 from cropkt.cancers import Cancer
 from cropkt.checkup import Finding, disk, show
 from cropkt.config import StudyConfig
+from cropkt.errors import TrainingFailedError
 from cropkt_client.doctor import compute, machine
 from cropkt_client.doctor.compute import Compute, span
-from cropkt_client.doctor.trial import Kernel, Trial, Update, kernel, trial
+from cropkt_client.doctor.trial import Kernel, Trial, Update, kernel, run, trial
 from cropkt_client.site import Site
 
 DOCTOR = [sys.executable, "-c", "from cropkt_client.cli import main; main()", "doctor"]
@@ -99,9 +101,83 @@ def test_what_a_kernel_means(
     assert bool(first.fix) == (word != "ok")
 
 
-@pytest.mark.parametrize(("free", "word"), [(70e9, "ok"), (30e9, "warn")])
-def test_the_memory_of_a_gpu(free: float, word: str) -> None:
-    assert compute._gpu_memory(int(free), int(80e9)).word == word
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Let torch say that it has a GPU, for which the CPU computes; return its memory."""
+    memory = {"free": 70_000_000_000, "total": 80_000_000_000}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (memory["free"], memory["total"]))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _: tensor)
+    monkeypatch.setattr(Compute, "_try", lambda _, what, *arguments: run(what, *arguments))
+    monkeypatch.setattr(machine, "driver", lambda: "999.1")
+    return memory
+
+
+@pytest.mark.parametrize(("name", "free", "word"), [("auto", 70, "ok"), ("cuda", 30, "warn")])
+def test_a_gpu_is_said_with_its_driver_and_its_memory(
+    tmp_path: Path, gpu: dict[str, int], name: str, free: int, word: str
+) -> None:
+    gpu["free"] = free * 10**9
+    found = {finding.check: finding for finding in Compute(tmp_path, tmp_path, name).checks()}
+    right = "cuda:0 (NVIDIA X), driver 999.1: a matrix product is right"
+    assert (found["device"].word, found["device"].found) == ("ok", right)
+    memory = found["GPU memory"]
+    assert (memory.word, memory.found) == (word, f"{free}.0 of 80.0 GB free")
+    assert ("nvidia-smi" in memory.fix) is (word == "warn")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_second_gpu_is_not_made_up(tmp_path: Path) -> None:
+    first = next(iter(Compute(tmp_path, tmp_path, "cuda:1").checks()))
+    assert first.word == "fail"
+    assert first.found == "torch finds no cuda:1 on this machine, only cuda:0, cpu"
+
+
+def test_a_gpu_whose_driver_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object) -> Kernel:
+        raise TrainingFailedError("training", "its process died (signal 11)")
+
+    monkeypatch.setattr(Compute, "_try", dies)
+    checked = Compute(tmp_path, tmp_path, "cuda:0")
+    first = next(iter(checked.checks()))
+    assert first.word == "fail"
+    assert first.found == "cuda:0 cannot be used: its process died (signal 11)"
+    assert "--device cpu" in first.fix
+    (skipped,) = checked.probe({Cancer.UVM: 48}, StudyConfig(), 5.0)
+    assert skipped.found == "the device cannot be used"
+
+
+@pytest.mark.parametrize(
+    ("script", "version"),
+    [("echo 999.1; echo 999.1", "999.1"), ("echo 999.1; exit 9", None), ("true", None), ("", None)],
+)
+def test_the_driver_is_what_its_own_program_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, version: str | None
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o700)
+    assert machine.driver() == version
+
+
+@pytest.mark.parametrize(("free", "word"), [(32e6, "warn"), (65e6, "ok")])
+def test_shared_memory(monkeypatch: pytest.MonkeyPatch, free: float, word: str) -> None:
+    known = {machine.SHARED: SimpleNamespace(free=free)}
+    monkeypatch.setattr("shutil.disk_usage", known.__getitem__)
+    finding = compute._shared()
+    assert finding.word == word
+    assert finding.found == f"{free / 1e9:.2f} GB free in /dev/shm"
+    assert ("--shm-size" in finding.fix) is (word == "warn")
+
+
+def test_a_system_that_hides_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SHARED", tmp_path / "shm")
+    monkeypatch.setattr(machine, "_MEMORY", tmp_path / "meminfo")
+    assert (compute._shared().word, compute._memory().word) == ("skipped", "skipped")
 
 
 @pytest.mark.parametrize(("available", "word"), [(1e9, "fail"), (5e9, "warn"), (50e9, "ok")])
@@ -140,12 +216,7 @@ def test_a_disk_that_cannot_be_written() -> None:
 def test_room_on_a_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, word: str
 ) -> None:
-    class Usage:
-        """What the system says of a disk."""
-
-    usage = Usage()
-    usage.free = free  # type: ignore[attr-defined]
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     assert disk(tmp_path / "state", "Free some").word == word
     assert not (tmp_path / "state").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -12,13 +13,14 @@ import h5py
 import numpy as np
 import pytest
 import yaml
+from torch import Tensor
 
 from cropkt.cancers import Cancer
 from cropkt.checkup import Finding, part, show
 from cropkt.cohort.features import SlideFolders, write_slide_h5
 from cropkt.cohort.pack import write_pack
 from cropkt.config import ExpertShape, StudyConfig
-from cropkt_client.doctor import machine
+from cropkt_client.doctor import machine, reading
 from cropkt_client.doctor.cohort import Cohorts
 from cropkt_client.doctor.folds import other_splits
 from cropkt_client.site import Site, folds_of
@@ -378,6 +380,48 @@ def test_more_than_fits_into_memory(hospital: Hospital, monkeypatch: pytest.Monk
     monkeypatch.setattr(machine, "memory", lambda: (1000, 2000))
     finding = only(hospital.checked(code=0), "size", "warn")
     assert "every epoch reads from disk" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("forgets", "how"), [(True, "from the disk"), (False, "perhaps from memory")]
+)
+def test_slides_on_a_slow_disk(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch, forgets: bool, how: str
+) -> None:
+    write_slide_h5(hospital.slide(0), np.ones((1_200_000, DIM), dtype=np.float16))
+    at_once = SlideFolders.features
+
+    def slowly(source: SlideFolders, slide: str) -> Tensor:
+        features = at_once(source, slide)
+        time.sleep(features.nbytes / 20e6)
+        return features
+
+    def refuse(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(SlideFolders, "features", slowly)
+    monkeypatch.setattr(reading, "COLD", 48)
+    if not forgets:
+        monkeypatch.setattr("os.posix_fadvise", refuse)
+    finding = only(hospital.checked(code=0), "read speed", "warn")
+    speed, unit = finding.found.split(maxsplit=1)
+    assert int(speed) <= 20
+    assert unit == f"MB/s, {how}"
+    assert "local disk" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "word", "says"),
+    [
+        (98e6, 2.0, "warn", "49 MB/s, perhaps from memory"),
+        (102e6, 2.0, "ok", "51 MB/s, perhaps from memory"),
+        (9e6, 9.0, "ok", "too little to measure (9.0 MB)"),
+        (0, 0.0, "skipped", "no slide could be read"),
+    ],
+)
+def test_a_speed_in_words(size: float, seconds: float, word: str, says: str) -> None:
+    finding = reading._speed(reading._Seen(size=int(size), seconds=seconds))
+    assert (finding.word, finding.found) == (word, says)
 
 
 def test_compressed_slides(hospital: Hospital) -> None:

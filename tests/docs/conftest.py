@@ -25,7 +25,7 @@ from cropkt.messages import ExpertRequest, ReleaseRequest, RouterRequest
 from cropkt_client import tasks
 from cropkt_client.site import Site
 from cropkt_docs.shell import Shell
-from cropkt_sim.practice import write_hospital
+from cropkt_sim.practice import ENCODER, write_hospital
 
 Give = Callable[[str], None]
 UVM, CHOL = Cancer.UVM, Cancer.CHOL
@@ -79,7 +79,7 @@ def study(shell: Shell, folder: str) -> None:
         port = free.getsockname()[1]
     type_in(
         shell,
-        f"cropkt-server init {folder} --study rare --host 127.0.0.1:{port}",
+        f"cropkt-server init {folder} --study rare --host 127.0.0.1:{port} --encoder {ENCODER}",
         f"sed -i 's/listen: 0.0.0.0/listen: 127.0.0.1/; s/dim: 1536/dim: 32/' {folder}/study.yaml",
         f"cropkt-server invite {folder} --site leiden --cancer UVM > {folder}/leiden.invite",
     )
@@ -93,6 +93,7 @@ def hospital(shell: Shell) -> None:
         "cropkt-sim hospital . --cancer UVM",
         "cropkt-server start there --detach",
         "cropkt-client enrol there/leiden.invite --config site.yaml",
+        f"sed -i 's/encoder: \"\"/encoder: {ENCODER}/' site.yaml",
     )
 
 
