@@ -29,6 +29,7 @@ DOCTOR = [sys.executable, "-c", "from cropkt_client.cli import main; main()", "d
 def test_a_command_from_end_to_end(make_site: Callable[..., Site], tmp_path: Path) -> None:
     make_site()
     config = tmp_path / "UVM" / "site.yaml"
+    config.write_text(f"{config.read_text()}encoder: UNI2-h\n")
     command = [*DOCTOR, "--config", str(config), "--probe", "1", "--device", "cpu"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (ran.returncode, ran.stderr) == (1, "")  # nobody invited this site
