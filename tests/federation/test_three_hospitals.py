@@ -74,7 +74,9 @@ def test_three_hospitals_with_real_patients_get_what_the_simulation_gets(federat
         on_bad="skip",
     )
     for number, name in enumerate(ready.names):
-        shutil.copytree(ready.folder / str(number), federation.site(name).parent)
+        path = federation.site(name)
+        shutil.copytree(ready.folder / str(number), path.parent)
+        path.write_text(f"{path.read_text()}encoder: {federation.config.encoder}\n")
     federation.configure(shape=replace(federation.config.shape, dim=clinical.DIM))
     held = {name: (cancer,) for name, cancer in zip(ready.names, ready.cancers, strict=True)}
     take_part(federation, held, kill=False)
