@@ -41,18 +41,20 @@ SMALL = ExpertShape(dim=64, embed=32, attention=16, bins=16)
 MIDDLE = ExpertShape(dim=256, embed=128, attention=64, bins=16)
 HOSPITALS = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM, "kidney-clinic": Cancer.KIPAN}
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
+Keep = Annotated[Path | None, typer.Option(help="A new folder in which to leave the study.")]
 
 
 @app.command()
 def load(
     sites: Annotated[int, typer.Option(min=2)] = 100,
     cancers: Annotated[int, typer.Option(min=2, max=26)] = 26,
+    keep: Keep = None,
     as_json: AsJson = False,
 ) -> None:
     """Many light sites with small experts, several a cancer."""
     names = list(Cancer)[:cancers]
     holders = {f"site-{i:03d}": (names[i % cancers],) for i in range(sites)}
-    _show(_light(StudyConfig(encoder=ENCODER, shape=SMALL, folds=3), holders), as_json)
+    _show(_light(StudyConfig(encoder=ENCODER, shape=SMALL, folds=3), holders, keep=keep), as_json)
 
 
 @app.command()
@@ -103,9 +105,11 @@ def _bare(timing: Timing) -> float:
     return sum(max(timing.seconds[task] for task in tasks) for tasks in timing.by_kind().values())
 
 
-def _light(config: StudyConfig, holders: Mapping[str, Sequence[Cancer]]) -> dict[str, Any]:
-    """Run a study with light sites; return what it cost."""
-    before, folder = load_average(), Path(tempfile.mkdtemp(prefix="cropkt-bench-"))
+def _light(
+    config: StudyConfig, holders: Mapping[str, Sequence[Cancer]], *, keep: Path | None = None
+) -> dict[str, Any]:
+    """Run a study with light sites, in the folder `keep` if there is one; return what it cost."""
+    before, folder = load_average(), keep or Path(tempfile.mkdtemp(prefix="cropkt-bench-"))
     coordinator = Coordinator(folder / "study", config, min_sites=len(holders))
     sites = [coordinator.enrol(name, cancers) for name, cancers in holders.items()]
     coordinator.start()
@@ -134,7 +138,8 @@ def _light(config: StudyConfig, holders: Mapping[str, Sequence[Cancer]]) -> dict
     }
     for kind, tasks in timing.by_kind().items():
         found[f"{kind}, latency, s"] = median_p95([timing.latency[task] for task in tasks])
-    shutil.rmtree(folder)
+    if keep is None:
+        shutil.rmtree(folder)
     return {**found, "load average": f"{before}; {load_average()}"}
 
 
