@@ -45,6 +45,22 @@ CONFIG = StudyConfig(
     training=TrainingConfig(epochs=4, learning_rate=1e-2),
     router=RouterConfig(epochs=2, learning_rate=1e-3),
 )
+WAITS = """
+import os, time
+from cropkt_client import tasks
+
+name, number = os.environ["WAITS"].split()
+begin = getattr(tasks, name)
+
+
+def waits(request, site):
+    while getattr(request, "round", 0) == int(number) and not os.path.exists(os.environ["GO"]):
+        time.sleep(0.1)
+    return begin(request, site)
+
+
+setattr(tasks, name, waits)
+"""
 UNAVAILABLE = 69  # exit code of a client that cannot reach its coordinator
 
 
@@ -210,6 +226,16 @@ class Federation:
         (folder / "sitecustomize.py").write_text(code)
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
         return {**os.environ, **variables, "PYTHONPATH": path}
+
+    def waiting(self, task: str, go: Path, *, number: int = 0) -> dict[str, str]:
+        """Return an environment in which a function of `tasks` waits for a file before it begins.
+
+        Args:
+            task: its name.
+            go: the file.
+            number: of the round in which it waits.
+        """
+        return self.customised(WAITS, WAITS=f"{task} {number}", GO=str(go))
 
     def end(self) -> None:
         """Stop every process that still runs."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cropkt.cancers import Cancer
-from cropkt.messages import ExpertReply
+from cropkt.messages import REPLIES, ExpertReply, load
 from cropkt_client.log import read_status
-from cropkt_server.store import Store
+from cropkt_server.findings import Findings
 
 INCOMPLETE = 3  # exit code of a study that finished, but not with everything
 
@@ -72,28 +73,74 @@ def test_two_of_one_cancer_one_that_never_came_and_one_too_late(federation: Any)
     assert set(found["transfer"]["UVM"]) == {"UVM", "SKCM"}  # the bank had no KIPAN
     assert set(found["transfer"]["SKCM"]) == {"UVM", "SKCM"}
     assert found["targets"]["UVM"]["sites"] == 2
-    _is_the_average_by_events(federation, "north", "south")
+    for site in ("north", "south"):
+        first, last = (_gave(federation, site, number).weights for number in (0, 1))
+        assert not np.array_equal(first, last)
+    _end_with_the_average_by_events(federation, "north", "south", number=1)
 
 
-def _is_the_average_by_events(federation: Any, *sites: str) -> None:
-    """Both hospitals end with one expert: what they gave in the last round, by their events."""
-    store = Store(federation.study)
-    rounds: list[list[ExpertReply]] = []
-    for number in (0, 1):
-        rounds.append([])
-        for site in sites:
-            (task,) = [t for t in store.tasks() if t.id == f"fit_expert/{site}/UVM/{number}"]
-            reply = store.reply(task)
-            assert isinstance(reply, ExpertReply)
-            rounds[-1].append(reply)
-    store.close()
-    first, last = rounds
-    assert not any(np.array_equal(a.weights, b.weights) for a, b in zip(first, last, strict=True))
-    total = sum(reply.events for reply in last)
-    average = sum(reply.events / total * reply.weights.astype(np.float64) for reply in last)
+def _gave(federation: Any, site: str, number: int) -> ExpertReply:
+    """Return the expert of UVM that a hospital gave in a round."""
+    path = federation.study / "replies" / f"fit_expert~{site}~UVM~{number}.npz"
+    reply = load(path, expected=REPLIES)
+    assert isinstance(reply, ExpertReply)
+    return reply
+
+
+def _end_with_the_average_by_events(federation: Any, *sites: str, number: int) -> None:
+    """The hospitals end with one expert: what they gave in the last round, by their events."""
+    replies = [_gave(federation, site, number) for site in sites]
+    total = sum(reply.events for reply in replies)
+    average = sum(reply.events / total * reply.weights.astype(np.float64) for reply in replies)
     for site in sites:
         with np.load(federation.state(site) / "UVM" / "experts.npz") as kept:
             np.testing.assert_allclose(kept["weights"], average, rtol=0, atol=1e-6)
+
+
+@pytest.mark.timeout(900)
+def test_a_second_hospital_of_a_cancer_that_comes_late_joins_the_next_round(
+    federation: Any, tmp_path: Path
+) -> None:
+    sites = {"north": Cancer.UVM, "south": Cancer.UVM, "skin": Cancer.SKCM}
+    for seed, (site, cancer) in enumerate(sites.items()):
+        federation.add_site(site, cancer, seed=seed, patients=90 if site == "south" else 48)
+    federation.configure(rounds=3)
+    deadline = datetime.now(UTC) + timedelta(seconds=5)
+    federation.init(min_sites=2, deadline=deadline.isoformat())
+    invites = {site: federation.invite(site, cancer) for site, cancer in sites.items()}
+    coordinator = federation.start("--linger", "0")
+    go = tmp_path / "go"  # until it is there, north waits in its second round
+    for site in ("north", "skin"):
+        federation.enrol(site, invites[site])
+        env = federation.waiting("fit_expert", go, number=1) if site == "north" else None
+        federation.serve(site, sites[site], env=env)
+    federation.until(lambda: _states(federation, "fit_expert").get("fit_expert/north/UVM/1"))
+    federation.enrol("south", invites["south"])
+    federation.serve("south", Cancer.UVM)
+    federation.until(lambda: _states(federation, "describe").get("describe/south") == "done")
+    go.touch()
+    assert coordinator.wait(400) == 0, federation.logs()
+
+    findings = Findings(federation.study, federation.config, read_only=True)
+    experts = [findings.averaged("fit_expert", Cancer.UVM, number) for number in range(3)]
+    routers = [findings.averaged("fit_router", Cancer.UVM, number) for number in range(3)]
+    late = findings.late()
+    findings.store.close()
+    assert experts == [["north"], ["north"], ["north", "south"]]
+    assert routers == [["north", "south"]] * 3
+    assert late == []  # the bank has what south gave
+    assert _gave(federation, "north", 2).events != _gave(federation, "south", 2).events
+    _end_with_the_average_by_events(federation, "north", "south", number=2)
+    told = json.loads(federation.run("server", "status", str(federation.study), "--json"))
+    assert (told["state"], told["failed"], told["missing"]) == ("finished", {}, {})
+    assert {site["site"]: site["done"] for site in told["sites"]} == {
+        "north": 9,  # three rounds of experts, and three of routers
+        "skin": 5,
+        "south": 7,  # one of experts, three of routers
+    }
+    found = federation.results()
+    assert found["failed"] == []
+    assert found["targets"]["UVM"]["sites"] == 2
 
 
 @pytest.mark.timeout(900)

@@ -21,23 +21,6 @@ SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM, "kidney-clinic": 
 EYE, SKIN, KIDNEY = SITES
 FINAL = f"evaluate/{EYE}/UVM/0"
 
-# Lets a hospital's last task wait for a file, so that something can happen before it begins.
-WAITS = """
-import os, time
-from cropkt_client import tasks
-
-judge = tasks.release
-
-
-def release(request, site):
-    while not os.path.exists(os.environ["GO"]):
-        time.sleep(0.1)
-    return judge(request, site)
-
-
-tasks.release = release
-"""
-
 
 def sources(federation: Any, site: str) -> set[str]:
     """Return the cancers whose experts a hospital keeps, to route among them."""
@@ -59,7 +42,7 @@ def test_a_revoked_expert_is_named_where_it_was_used_and_used_no_more(
     clients = {}
     for site, invite in invites.items():
         federation.enrol(site, invite)
-        env = federation.customised(WAITS, GO=str(go)) if site == EYE else None
+        env = federation.waiting("release", go) if site == EYE else None
         clients[site] = federation.serve(site, SITES[site], env=env)
 
     def states() -> dict[str, str]:
