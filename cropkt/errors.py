@@ -31,6 +31,7 @@
     ├── MessageError                 76  a message that is not in the contract
     ├── VersionMismatchError         76  the two sides run versions that do not go together
     ├── RefusedError                 77  one side does not trust the other, or says no
+    │   ├── RevokedSiteError             the coordinator cut the site off, or withdrew its invite
     │   └── BudgetError                  a cohort's privacy budget does not allow it
     ├── EnrolmentRefusedError        77  why, said by the coordinator (cropkt_server.roster)
     ├── UnavailableError             69  the coordinator cannot be reached, for now
@@ -197,6 +198,10 @@ class RefusedError(CropktError):
     """One side does not trust the other, or the coordinator says no."""
 
     exit_code = 77
+
+
+class RevokedSiteError(RefusedError):
+    """The coordinator cut this site off, or withdrew its invite."""
 
 
 class BudgetError(RefusedError):

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from cropkt.errors import ConfigError
 from cropkt.files import replace_file, write_private
 from cropkt.invite import Invite
+from cropkt.knock import Knock
 from cropkt_client.link import NEW_INVITE, Accepted, Coordinator, check_versions
 from cropkt_client.settings import read_settings
 
@@ -53,6 +54,17 @@ class Enrolment(Accepted):
         """Keep the enrolment."""
         text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
         replace_file(state / "enrolment.json", text.encode())
+
+    def knock(self, keys: Keys, *, at: float) -> Knock:
+        """Return the question how this site stands, signed, at a time of the coordinator's clock.
+
+        Args:
+            keys: of this site.
+            at: unix seconds.
+        """
+        node_key = keys.public()["node_key"]
+        knock = Knock(study=self.study, site=self.site, node_key=node_key, at=at)
+        return knock.signed(keys.signing)
 
 
 def join(invite: Invite, config: Path) -> list[str]:

@@ -26,7 +26,13 @@ import cropkt
 from cropkt.bundle import bundle_hash
 from cropkt.cancers import Cancer
 from cropkt.config import StudyConfig
-from cropkt.errors import CropktError, RefusedError, UnavailableError, VersionMismatchError
+from cropkt.errors import (
+    CropktError,
+    RefusedError,
+    RevokedSiteError,
+    UnavailableError,
+    VersionMismatchError,
+)
 from cropkt.experts.card import PublicKey, Sha256
 from cropkt.invite import Invite
 from cropkt.knock import Knock
@@ -151,7 +157,8 @@ class Coordinator:
         """Show this site's keys; return what the coordinator knows of their owner.
 
         Raises:
-            RefusedError: the roster does not know this site and its keys, or it is revoked.
+            RefusedError: the roster does not know this site and its keys.
+            RevokedSiteError: the coordinator cut it off.
             UnavailableError: the coordinator cannot be reached.
             VersionMismatchError: its answer is not understood.
         """
@@ -214,11 +221,11 @@ class Coordinator:
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             told = json.loads(content.decode())
             shown = "".join(c if c.isprintable() else " " for c in str(told["message"]))[:300]
-            problem, code = f"the coordinator refuses: {shown.strip().rstrip('.')}", told["code"]
+            problem = f"the coordinator refuses: {shown.strip().rstrip('.')}"
+            code = str(told["code"])
         if status == 429:
             return UnavailableError(self._host, problem)
-        kind = VersionMismatchError if code == "version" else RefusedError
-        return kind(self._host, problem)
+        return _KINDS.get(code, RefusedError)(self._host, problem)
 
     def _understood(self, kind: type[Told], content: bytes) -> Told:
         try:
@@ -229,6 +236,9 @@ class Coordinator:
             where = ".".join(map(str, error.errors()[0]["loc"][:1])) or "all of it"
             problem = f"its answer is not understood ({where})"
             raise VersionMismatchError(self._host, problem, _SAME_VERSION) from None
+
+
+_KINDS = {"version": VersionMismatchError, "revoked": RevokedSiteError}  # by code of a refusal
 
 
 def check_versions(hello: Hello) -> None:

@@ -1,7 +1,9 @@
 """The process that serves a study, for weeks: one at a time for each state folder.
 
 It keeps a SuperNode connected and an executor at work, and asks the coordinator for a hello now
-and then: to know whether it answers, and when the study is closed.
+and then: to know whether it answers, and when the study is closed. Where the coordinator lets the
+SuperNode in no more, it is asked, with this site's signature, whether it cut the site off: if so,
+serving ends, also in the middle of a task.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from cropkt.cancers import Cancer
 from cropkt.errors import (
     ConfigError,
     CropktError,
+    RevokedSiteError,
     UnavailableError,
     UsageError,
     VersionMismatchError,
 )
-from cropkt_client.enrol import Enrolment
+from cropkt_client.enrol import Enrolment, Keys
 from cropkt_client.link import MAX_SKEW, Coordinator, Hello, check_versions, skew
 from cropkt_client.log import Status, open_log
 from cropkt_client.supernode import SuperNode, settle_environment
@@ -89,6 +92,7 @@ def _serve(place: Place, status: Status, *, ahead: float) -> None:
         state=place.state,
         node_config={"config": str(place.config), "cancers": " ".join(place.cancers)},
         report=status.failed,
+        barred=lambda: _ask_whether_cut_off(place, node.ahead),
     )
     node.ahead = ahead
     executor = Executor(
@@ -187,6 +191,25 @@ def _watch(place: Place, status: Status, node: SuperNode, executor: Executor) ->
         due = time.monotonic() + (POLL if status.state.connected else POLL_LOST)
     if why is not None:
         raise why
+
+
+def _ask_whether_cut_off(place: Place, ahead: float) -> None:
+    """Ask the coordinator how this site stands; any other answer than that it is revoked may pass.
+
+    Args:
+        place: of this site.
+        ahead: seconds by which this clock is ahead of the coordinator's.
+
+    Raises:
+        RevokedSiteError: the coordinator cut this site off.
+    """
+    try:
+        keys = Keys.of(place.state)
+        place.coordinator.knock(place.enrolment.knock(keys, at=time.time() - ahead))
+    except RevokedSiteError:
+        raise
+    except CropktError as error:  # a clock has been set, a roster came from a backup, it is away
+        log.warning("%s Trying on", error)
 
 
 def locked(state: Path) -> AbstractContextManager[None]:

@@ -25,6 +25,7 @@ FIRST_WAIT = 2.0  # seconds between starts, doubled each time ...
 LONGEST_WAIT = 60.0  # ... up to this,
 LONGEST_WAIT_FOR_SESSION = 3.0  # or this, where the end of the last session is in sight
 STEADY = 60.0  # seconds of running after which a start counts as good
+BARRED = 0  # exit code of a SuperNode that got HTTP 401: nobody else asks it to end
 GAVE_UP = 75  # exit code of a SuperNode that lost its connection for good
 SESSION = 60.0  # seconds in which the coordinator believes that a session broke off, at the most
 _AHEAD = "CROPKT_CLOCK_AHEAD"  # tells the child by how many seconds this clock is ahead
@@ -41,6 +42,7 @@ class SuperNode:
         state: the site's state folder, with `ca.pem` and `keys/node.key`.
         node_config: what the ClientApp finds in its context.
         report: takes what went wrong, in one line.
+        barred: called when the coordinator let it in no more; what it raises ends `tend`.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class SuperNode:
         state: Path,
         node_config: Mapping[str, str],
         report: Callable[[str], None],
+        barred: Callable[[], None],
     ) -> None:
-        self._host, self._state, self._report = host, state, report
+        self._host, self._state = host, state
+        self._report, self._barred = report, barred
         self._node_config = " ".join(f"{key}={_quoted(v)}" for key, v in node_config.items())
         self.secret = secrets.token_bytes(32)
         self._secret_file = state / "flower" / "executor.secret"
@@ -125,6 +129,8 @@ class SuperNode:
         limit = LONGEST_WAIT if self._refused_since is None else LONGEST_WAIT_FOR_SESSION
         self._wait = min(self._wait, limit)
         self._due, self._wait = now + self._wait, self._wait * 2
+        if child.process.returncode == BARRED:
+            self._barred()
 
     def _refused(self, now: float) -> None:
         """Wait quietly until the old session has expired; it takes longer if we were cut off."""
@@ -148,7 +154,7 @@ def _cause(words: str, code: int) -> str:
         return "the coordinator's certificate is not trusted; see the log"
     if "address already in use" in lowered:
         return "its loopback port was taken; another one is tried"
-    if code == 0:  # what HTTP 401 makes of a SuperNode; nobody else asked it to end
+    if code == BARRED:
         return "the coordinator lets this site in no more: revoked, or a clock has just been set"
     if code == GAVE_UP:
         return "the connection to the coordinator broke; see the log"

@@ -40,7 +40,8 @@ import cropkt
 from cropkt.bundle import bundle_hash
 from cropkt.errors import ConfigError, UnavailableError
 from cropkt.invite import Invite, encode_invite
-from cropkt_client import serve
+from cropkt.knock import Knock
+from cropkt_client import serve, supernode
 from cropkt_client.cli import app
 from cropkt_client.enrol import Enrolment, Keys, join
 from cropkt_client.link import Coordinator
@@ -80,12 +81,17 @@ def _certificate(
 
 
 class Toy:
-    """A coordinator in a thread: three routes, and what it was told."""
+    """A coordinator in a thread: its own routes, and what it was told.
+
+    While there are `standings`, answers to the next knocks, it bars the SuperNode.
+    """
 
     def __init__(self, folder: Path, *, host: str = "127.0.0.1", days: int = 30) -> None:
         self.folder = folder
         self.enrolled: list[dict[str, Any]] = []
         self.refusal: tuple[int, dict[str, str]] | None = None
+        self.standings: list[tuple[int, dict[str, Any]]] = []
+        self.knocks: list[dict[str, Any]] = []
         self.hello: dict[str, Any] = {}
         self.closed_after = 10**9  # hellos
         self.hellos = 0
@@ -108,6 +114,8 @@ class Toy:
             Route("/v1/cropkt/ca", self._ca),
             Route("/v1/cropkt/hello", self._hello),
             Route("/v1/cropkt/enrol", self._enrol, methods=["POST"]),
+            Route("/v1/cropkt/knock", self._knock, methods=["POST"]),
+            Route("/v1/fleet/{call}", self._fleet, methods=["POST"]),
         ]
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -172,6 +180,14 @@ class Toy:
         }
         return JSONResponse(answer)
 
+    async def _knock(self, request: Request) -> Response:
+        self.knocks.append(await request.json())
+        status, answer = self.standings.pop(0)
+        return JSONResponse(answer, status)
+
+    async def _fleet(self, request: Request) -> Response:
+        return JSONResponse({}, 401 if self.standings else 404)
+
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
@@ -183,12 +199,14 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
             monkeypatch.delenv(form)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    interrupted = signal.getsignal(signal.SIGINT)  # a client that ends ignores it
     folder = tmp_path / "toy"
     folder.mkdir()
     toy = Toy(folder)
     toy.start()
     yield toy
     toy.stop()
+    signal.signal(signal.SIGINT, interrupted)
     for handler in root.handlers[:]:
         if handler not in handlers:
             root.removeHandler(handler)
@@ -439,6 +457,27 @@ def test_what_the_coordinator_revokes_is_remembered(toy: Toy, joined: Path) -> N
     toy.hello = {"revoked": ["not a hash"]}
     code, said = run(*SERVE, "--config", joined)
     assert (code, "not understood (revoked)" in said) == (76, True), said
+
+
+def test_a_site_that_was_cut_off_ends_with_77_and_no_other_answer_ends_it(
+    toy: Toy, joined: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supernode, "FIRST_WAIT", 0.1)
+    cut_off = "The coordinator cut this site off."
+    toy.standings = [
+        (403, {"code": "unknown", "message": "The coordinator knows no such site and key."}),
+        (503, {"code": "revoked", "message": "Somebody else's page."}),
+        (200, {"site": "lumc", "cancers": ["UVM"]}),
+        (403, {"code": "revoked", "message": cut_off}),
+    ]
+    code, said = run(*SERVE, "--config", joined)
+    assert (code, toy.standings) == (77, []), said
+    assert cut_off in said.splitlines()[-1]
+    keys = Keys.of(joined.parent / "state").public()
+    for knock in [Knock(**values) for values in toy.knocks]:
+        assert (knock.study, knock.site, knock.node_key) == ("eye", "lumc", keys["node_key"])
+        assert knock.signed_by(keys["signing_key"])
+        assert abs(knock.at - time.time()) < 200
 
 
 def test_a_device_that_is_not_there_is_said_before_the_first_task(toy: Toy, joined: Path) -> None:

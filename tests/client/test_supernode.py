@@ -48,7 +48,11 @@ def keep(
         monkeypatch.setattr(supernode, "_START", code)
         said: list[str] = []
         node = SuperNode(
-            host="127.0.0.1:1", state=tmp_path, node_config={"config": "x"}, report=said.append
+            host="127.0.0.1:1",
+            state=tmp_path,
+            node_config={"config": "x"},
+            report=said.append,
+            barred=lambda: said.append("barred"),
         )
         nodes.append(node)
         return node, said
@@ -115,12 +119,14 @@ def test_a_site_that_was_cut_off_is_told(keep: Keep) -> None:
     node, said = keep(CUT_OFF)
     _tend(node, lambda: said)
     assert "revoked" in said[0]
+    assert said[1:] == ["barred"]
 
 
 def test_a_broken_handshake_is_no_untrusted_certificate(keep: Keep) -> None:
     node, said = keep(BROKEN)
     _tend(node, lambda: said)
     assert "connection to the coordinator broke" in said[0]
+    assert len(said) == 1
 
 
 def test_each_failure_is_waited_for_longer(keep: Keep) -> None:

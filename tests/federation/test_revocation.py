@@ -1,12 +1,14 @@
-"""An expert taken back in the middle of a study: who used it is named, and nobody uses it again."""
+"""What is taken back in the middle of a study: an expert, which nobody uses again, or a site."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from cropkt.cancers import Cancer
@@ -14,6 +16,7 @@ from cropkt.errors import RevokedExpertError
 from cropkt.messages import ReleaseRequest
 from cropkt_client import tasks
 from cropkt_client.ledger import Ledger
+from cropkt_client.log import read_status
 from cropkt_client.site import Site
 from cropkt_client.trust import revoked
 
@@ -88,3 +91,33 @@ def test_a_revoked_expert_is_named_where_it_was_used_and_used_no_more(
         tasks.release(request, Site.load(federation.site(KIDNEY)))
     assert (experts()["SKCM"]["revoked"], experts()["SKCM"]["used_by"]) == (True, [used[1]])
     assert "REVOKED" in federation.run("server", "experts", str(federation.study))
+
+
+@pytest.mark.timeout(300)
+def test_a_revoked_site_stops_training_and_ends_with_77(federation: Any) -> None:
+    training = replace(federation.config.training, minimum_updates=100_000)  # minutes
+    federation.configure(training=training)
+    sites = {site: SITES[site] for site in (EYE, SKIN)}
+    for seed, (site, cancer) in enumerate(sites.items()):
+        federation.add_site(site, cancer, seed=seed)
+    federation.init(min_sites=2)
+    coordinator, clients = federation.serve_all(sites)
+
+    kept = [federation.state(site) / cancer / "training.npz" for site, cancer in sites.items()]
+    federation.until(lambda: all(checkpoint.exists() for checkpoint in kept))
+    children = psutil.Process(clients[EYE].pid).children(recursive=True)
+    assert any("cropkt_client.worker" in str(child.cmdline()) for child in children)
+    federation.run("server", "revoke", str(federation.study), "--site", EYE)
+    assert clients[EYE].wait(60) == 77, federation.logs()  # minutes before the training's end
+    assert not any(child.is_running() for child in children)
+    told = (federation.folder / f"{EYE}.log").read_text().splitlines()[-1]
+    assert told.startswith("cropkt-client: ")
+    assert "cut this site off" in told
+    assert not list((federation.study / "replies").glob(f"fit_expert~{EYE}~*"))
+
+    assert federation.serve(EYE, SITES[EYE]).wait(60) == 77, federation.logs()  # nor ever again
+    assert coordinator.poll() is None
+    assert clients[SKIN].poll() is None
+    state = read_status(federation.state(SKIN))
+    assert state is not None
+    assert state.task == "train.expert"

@@ -14,7 +14,6 @@ from cryptography import x509
 
 from cropkt.checkup import Finding, fail, failed, ok, skipped, until, warn
 from cropkt.errors import ConfigError, CropktError, RefusedError, UnavailableError
-from cropkt.knock import Knock
 from cropkt.versions import unfit
 from cropkt_client.enrol import Enrolment, Keys
 from cropkt_client.link import (
@@ -148,15 +147,9 @@ class Connection:
             yield warn("study", "it is over", "There is nothing left to serve")
 
     def _roster(self, enrolment: Enrolment, coordinator: Coordinator, hello: Hello) -> Finding:
-        keys = Keys.of(self.state)
-        knock = Knock(
-            study=enrolment.study,
-            site=enrolment.site,
-            node_key=keys.public()["node_key"],
-            at=float(hello.time),
-        )
+        knock = enrolment.knock(Keys.of(self.state), at=hello.time)
         try:
-            self.known = coordinator.knock(knock.signed(keys.signing))
+            self.known = coordinator.knock(knock)
         except CropktError as error:
             return fail("roster", error.problem, error.fix or NEW_INVITE)
         if extra := set(self._settings.cancers) - set(self.known.cancers):
