@@ -121,8 +121,8 @@ def _light(
     finally:
         coordinator.stop()
         relay.close()
-    if cost.code or traffic.errors:
-        raise SystemExit(f"exit code {cost.code}; {traffic.errors[:3]}; see {folder}")
+    if cost.code:
+        raise SystemExit(f"exit code {cost.code}; {traffic.broken[:3]}; see {folder}")
     timing = Timing.of(coordinator.folder)
     found: dict[str, Any] = {
         "sites": len(sites),
@@ -134,6 +134,7 @@ def _light(
         "weights, MB": (traffic.down + traffic.up) / 1e6,
         "wire, MB": (relay.down + relay.up) / 1e6,
         "wire over weights": (relay.down + relay.up) / (traffic.down + traffic.up),
+        "sessions that broke": len(traffic.broken),
         "tries beyond the first": timing.repeated,
     }
     for kind, tasks in timing.by_kind().items():

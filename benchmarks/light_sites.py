@@ -68,6 +68,7 @@ from cropkt_client.enrol import Keys
 from cropkt_client.link import Coordinator
 
 PAUSE = 3.0  # seconds between looks for a message, as in Flower's SuperNode
+SESSIONS = 20  # of one site, before it gives up
 PATIENTS, EVENTS = 100, 40
 _COUNTING = threading.Lock()
 
@@ -92,7 +93,7 @@ class Traffic:
 
     down: int = 0  # bytes of weights
     up: int = 0
-    errors: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # sessions, each begun anew, and why
     cpu: float = 0.0  # seconds of this process
 
     def count(self, request: Message, reply: Message) -> None:
@@ -136,19 +137,29 @@ def _serve(
     site: LightSite, address: str, ca: bytes, traffic: Traffic, over: threading.Event
 ) -> None:
     over.wait(random.uniform(0, PAUSE))  # sites do not look in step
+    for _ in range(SESSIONS):  # a hospital's client starts its SuperNode again, too
+        try:
+            _serve_once(site, address, ca, traffic, over)
+        except (Exception, SystemExit) as error:  # Flower exits where it cannot connect
+            traffic.broken.append(f"{site.name}: {type(error).__name__}: {error}"[:300])
+            over.wait(PAUSE)
+        else:
+            return
+
+
+def _serve_once(
+    site: LightSite, address: str, ca: bytes, traffic: Traffic, over: threading.Event
+) -> None:
     key = site.keys.node
-    try:
-        with http_request_response(
-            address,
-            insecure=False,
-            root_certificates=ca,
-            authentication_keys=(key, key.public_key()),
-        ) as connection:
-            while not over.is_set():
-                if not _do_one(site, connection, traffic):
-                    over.wait(PAUSE)
-    except (Exception, SystemExit) as error:  # Flower exits where it cannot connect
-        traffic.errors.append(f"{site.name}: {type(error).__name__}: {error}"[:300])
+    with http_request_response(
+        address,
+        insecure=False,
+        root_certificates=ca,
+        authentication_keys=(key, key.public_key()),
+    ) as connection:
+        while not over.is_set():
+            if not _do_one(site, connection, traffic):
+                over.wait(PAUSE)
 
 
 def _do_one(site: LightSite, connection: Any, traffic: Traffic) -> bool:
