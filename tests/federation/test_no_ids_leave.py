@@ -72,6 +72,7 @@ def add_hospital(federation: Any, name: str, cancer: Cancer, *, seed: int, spoil
         "cancers": [str(cancer)],
         "outcomes": "outcomes.csv",
         "slides": [FOLDER],
+        "encoder": federation.config.encoder,
         "on_bad": "raise" if spoilt else "skip",
         "release": {"approval": "auto"},
     }
