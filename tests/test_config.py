@@ -15,6 +15,7 @@ OTHER: dict[str, Any] = {
     "purpose": "audit",
     "endpoint": "OS",
     "split": "hospital",
+    "encoder": "UNI2-h",
     "initial_hazard": None,
     "source": "fold_0",
     "drop_last": True,

@@ -181,8 +181,10 @@ def _score(score: Score) -> str:
     return f"C-index {score.c_index:.3f}{error}"
 
 
-_ENVELOPE = frozenset({"task", "protocol", "cancer", "events", "training_scores", "versions"})
-"""Fields that are told beside others: in the head, with the patients, with the scores."""
+_ENVELOPE = frozenset(
+    {"task", "protocol", "cancer", "events", "training_scores", "versions", "fewest"}
+)
+"""Fields told beside others: in the head, with the patients or scores; `fewest` is taken out."""
 _OF_ARM = {
     "low": "its 95 % interval",
     "pairs": "the number of comparable pairs, in tens",

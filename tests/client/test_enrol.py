@@ -226,6 +226,7 @@ def config(tmp_path: Path) -> Path:
 def joined(toy: Toy, config: Path) -> Path:
     """Return the configuration of a site that is enrolled."""
     join(toy.invite(), config)
+    config.write_text(config.read_text().replace('encoder: ""', "encoder: UNI2-h"))
     return config
 
 

@@ -35,7 +35,7 @@ from flwr.supernode.start_client_internal import _pull_and_store_message
 from cropkt.bundle import bundle, bundle_hash
 from cropkt.cancers import Cancer
 from cropkt.config import ExpertShape, StudyConfig
-from cropkt.messages import REPLIES, ExpertReply, ExpertRequest, Failure, Score
+from cropkt.messages import REPLIES, ExpertReply, ExpertRequest, Failure, Fewest, Score
 from cropkt.wire import from_record, to_record
 from cropkt_client import executor as module
 from cropkt_client.executor import Executor, run_app
@@ -75,6 +75,7 @@ def train(message: Message, context: Context) -> Message:
         weights=2 * request.weights,
         score=Score(c_index=0.6, se=0.1),
         seconds=1.0,
+        fewest=Fewest(patients=40, events=10),
     )
     if request.round == 5:
         return Message(to_record(reply), reply_to=message)

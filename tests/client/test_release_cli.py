@@ -34,6 +34,7 @@ from cropkt.messages import (
     ExpertReply,
     ExpertRequest,
     Failure,
+    Fewest,
     HeldRequest,
     Message,
     Score,
@@ -92,6 +93,7 @@ def leave(config: Path) -> None:
         weights=np.ones((1, SIZE), np.float32),
         score=Score(c_index=0.6123, se=0.1),
         seconds=1.0,
+        fewest=Fewest(patients=48, events=22),
     )
     count = CohortCount(cancer=UVM, patients=48, events=3, dim=4)
     described = DescribeReply(task=DESCRIBE.task, site="leiden", cohorts=(count,))
