@@ -189,7 +189,7 @@ class Killer:
             self.clients[site] = self.federation.serve(site, SITES[site])
             return True
         module = {"supernode": "cropkt_client.supernode", "training": "cropkt_client.worker"}
-        child = next((c for c in _children(client.pid) if module[victim] in str(c.cmdline())), None)
+        child = next((c for c in _children(client.pid) if _runs(c, module[victim])), None)
         if child is None:
             return False
         if victim == "training" and (not task.startswith("train.") or not self._spared(site)):
@@ -313,6 +313,14 @@ def _bank(federation: Any) -> dict[str, str]:
         if isinstance(reply, ExpertReply):
             found[path.name] = hashlib.sha256(reply.weights.tobytes()).hexdigest()
     return found
+
+
+def _runs(process: psutil.Process, module: str) -> bool:
+    """Return whether a process, which may just have ended, runs a module."""
+    try:
+        return module in str(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _children(pid: int) -> list[psutil.Process]:

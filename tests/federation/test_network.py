@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from cropkt.cancers import Cancer
 from cropkt.config import ExpertShape, TrainingConfig
 from cropkt.messages import REPLIES, ExpertReply, load
+from cropkt_client.log import LOG_NAME
 
 pytestmark = pytest.mark.timeout(600)
 SITES = {"eye-clinic": Cancer.UVM, "skin-clinic": Cancer.SKCM}
@@ -23,6 +26,7 @@ KINDS = (
     *("query.describe", "train.expert", "evaluate.transfer", "train.router"),
     "evaluate.release",
 )
+HEAVY = ("Sending: train.expert", "Receiving: evaluate.transfer", "Receiving: train.router")
 LOST = 120.0  # seconds
 SILENT = 20.0  # seconds
 MEGABIT = 1e6 / 8  # bytes a second: 17 s an expert
@@ -53,6 +57,16 @@ def weights(study: Path) -> dict[str, bytes]:
 def experts(study: Path) -> dict[str, str]:
     """Return a hash of each of them."""
     return {name: hashlib.sha256(held).hexdigest() for name, held in weights(study).items()}
+
+
+def crossed(log: str, step: str) -> float:
+    """Return for how many seconds a message crossed the network, by the log of a SuperNode."""
+    found = re.search(
+        rf"^(\S+ \S+) .*{step} (?:.*\n)*?(\S+ \S+) .*(?:Sent|Received) successfully$", log, re.M
+    )
+    assert found is not None, step
+    began, ended = (datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f") for at in found.groups())
+    return (ended - began).total_seconds()
 
 
 def all_train(federation: Any) -> bool:
@@ -119,16 +133,19 @@ def test_a_slow_link_is_enough(federation: Any, relay: Any) -> None:
     assert experts(federation.study) == undisturbed
     assert not federation.differences(federation.results(), expected)
     held = sum(map(len, weights(federation.study).values()))  # bytes
-    assert held / MEGABIT > 30  # they go up at once, for longer than Flower waits for an answer
-    assert relay.up > held
-    assert relay.down > 2 * held  # each is scored at the other site, and routed
-    assert seconds > 3 * held / MEGABIT  # nothing goes down before all went up
+    assert held / MEGABIT > 30  # seconds: at once they take longer than Flower waits
+    # All crosses once; of what goes down, each expert is scored at the other site, and routed.
+    assert held < relay.up < 1.5 * held
+    assert 2 * held < relay.down < 2.5 * held
     assert {task.tries for task in federation.tasks()} == {1}
     assert "message lost" not in (federation.folder / "server.log").read_text()
     for site in SITES:
         log = (federation.folder / f"{site}.log").read_text()
         assert [log.count(f"{kind}: begins") for kind in KINDS] == [1] * len(KINDS)
         assert "connection process ended" not in log
+        log = (federation.state(site) / LOG_NAME).read_text()
+        for step in HEAVY:
+            assert crossed(log, step) > held / len(SITES) / MEGABIT
 
 
 def test_a_network_that_keeps_breaking_loses_nothing(federation: Any, relay: Any) -> None:
