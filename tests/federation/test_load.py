@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cropkt.config import StudyConfig
 from cropkt.messages import REPLIES, load
 from cropkt_server.store import read_tasks
 
@@ -48,8 +49,10 @@ def test_experts_for_every_site_cross_in_bounded_memory_and_little_more_than_the
     tmp_path: Path,
 ) -> None:
     found = measured(tmp_path, "bank", "--sites", "12")
-    experts = 12 * (1 + 11 + 11) * 4.8  # each gives one, and receives the others twice
-    assert experts < found["weights, MB"] < found["wire, MB"] < 1.1 * found["weights, MB"]
+    expert = 4e-6 * StudyConfig().shape.parameters  # MB
+    experts = 12 * (1 + 11 + 11) * expert  # each gives one, and receives the others twice
+    assert found["weights, MB"] == pytest.approx(experts)
+    assert experts < found["wire, MB"] < 1.1 * experts
     assert found["peak memory, MB"] < 1500
     assert found["tries beyond the first"] == 0
 
